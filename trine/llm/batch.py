@@ -1,0 +1,46 @@
+"""The tensors that describe one forward pass over packed tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward pass: T packed tokens of S sequences, each contributing one or more consecutive tokens.
+
+    Sequences with exactly one new token (decode) come first: sequences `[0, num_decodes)` have one token each, so that
+    token i belongs to sequence i for i < num_decodes. All tensors live on the model's device.
+
+    positions     [T] int64: position of each token in its sequence
+    slots         [T] int64: where its key and value go: block * block_size + offset
+    query_start   [S + 1] int32: first token of each sequence in the packed order; the last entry is T
+    seq_lens      [S] int32: length of each sequence including its new tokens
+    block_table   [S, max_blocks] int32: cache blocks of each sequence, in order; entries past its length are arbitrary
+                  but valid block numbers
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What one attention layer keeps per token. Its tensors are [num_blocks, num_kv_heads, block_size, head_dim]."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    sliding_window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
