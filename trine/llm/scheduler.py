@@ -198,7 +198,9 @@ class Scheduler:
         for decoding in (True, False):
             for sequence in list(self.running):
                 remaining = sequence.num_tokens - sequence.num_computed
-                if (remaining == 1) is not decoding or sequence.status is not Status.RUNNING or not budget:
+                if not budget or sequence.status is not Status.RUNNING:
+                    continue
+                if remaining != 1 if decoding else remaining < 2:
                     continue
                 if sequence.num_output >= sequence.max_tokens:
                     continue  # its last token is in flight
