@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trine.core.errors import ConfigurationError
-from trine.core.sizes import format_size, parse_size
+from trine.core.sizes import format_bytes, parse_size
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_parse_size_refuses_by_name(text: str) -> None:
         (2**40 * 5000, "5000 TiB"),
     ],
 )
-def test_format_size(count: float, text: str) -> None:
-    assert format_size(count) == text
+def test_format_bytes(count: float, text: str) -> None:
+    assert format_bytes(count) == text
 
 
 @given(st.integers(min_value=0, max_value=2**50))
-def test_format_size_reads_back(count: int) -> None:
-    assert parse_size(format_size(count)) == pytest.approx(count, rel=0.006, abs=1)
+def test_format_bytes_reads_back(count: int) -> None:
+    assert parse_size(format_bytes(count)) == pytest.approx(count, rel=0.006, abs=1)

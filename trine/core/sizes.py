@@ -33,7 +33,7 @@ def parse_size(text: str | int, *, name: str = "size") -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
-def format_size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """`count` bytes in binary units with three significant digits: "0 B", "1.50 KiB", "23.4 GiB"."""
     if abs(count) < 1024:
         return f"{count:.0f} B"
