@@ -1,0 +1,36 @@
+"""Model families, one file each, by the architecture that config.json names."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
+
+from trine.core.errors import ModelLoadError
+from trine.llm.models.base import CausalLM
+
+DECODERS = {
+    "GPT2LMHeadModel": "gpt2",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Architecture name, which is also the class's, to module."""
+
+ENCODERS = {"BertModel": "bert"}
+
+
+def decoder_class(architecture: str) -> type[CausalLM]:
+    """The class that serves an architecture. Raises ModelLoadError naming the supported ones."""
+    if architecture in ENCODERS:
+        raise ModelLoadError(
+            f"architecture {architecture!r} is an encoder: it computes embeddings (POST /v1/embeddings, "
+            "trine.llm.embedding.EmbeddingModel), it does not generate text"
+        )
+    if architecture not in DECODERS:
+        raise ModelLoadError(
+            f"architecture {architecture!r} (architectures in config.json) is not supported; "
+            f"supported: {', '.join(sorted((*DECODERS, *ENCODERS)))}"
+        )
+    module = import_module(f"trine.llm.models.{DECODERS[architecture]}")
+    return cast(type[CausalLM], getattr(module, architecture))

@@ -1,0 +1,174 @@
+"""The operations that models call: one plain function each, sent to the back end of the tensors' device.
+
+On a GPU that is `trine.kernels.triton`; on a CPU the native library `trine.kernels.cpu` where it is built and knows the
+dtype, else `trine.kernels.reference`, whose docstrings say what each operation means. TRINE_KERNELS=reference in the
+environment takes the reference everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, cast
+
+import torch
+
+from trine.kernels import reference
+from trine.kernels.types import Backend, PackedWeight, PagedBatch, Weight
+
+
+@cache
+def _forced() -> bool:
+    return os.environ.get("TRINE_KERNELS", "") == "reference"
+
+
+@cache
+def _native() -> ModuleType | None:
+    """The CPU library, or None when it is not there (not built, or another kind of processor)."""
+    if _forced():
+        return None
+    try:
+        native = import_module("trine.kernels.cpu")
+    except ModuleNotFoundError:
+        return None
+    return native if native.available() else None
+
+
+@cache
+def backend(device_type: str, dtype: torch.dtype) -> Backend:
+    """The module whose functions run on tensors of this kind."""
+    if device_type == "cuda" and not _forced():
+        return cast(Backend, import_module("trine.kernels.triton"))
+    native = _native() if device_type == "cpu" else None
+    if native is not None and native.supports(dtype):
+        return cast(Backend, native)
+    return reference
+
+
+def _of(x: torch.Tensor) -> Backend:
+    return backend(x.device.type, x.dtype)
+
+
+def set_num_threads(threads: int) -> None:
+    """CPU threads that compute, the caller's included: of PyTorch and of the native library."""
+    torch.set_num_threads(threads)
+    native = _native()
+    if native is not None:
+        native.set_num_threads(threads)
+
+
+def cpu_kernels() -> str:
+    """What computes on the CPU: the native library's instruction set, or the reference."""
+    native = _native()
+    return "reference kernels" if native is None else f"native kernels ({native.isa()})"
+
+
+def pack_weight(weight: torch.Tensor) -> Weight:
+    """`weight` [N, K] in the layout that `linear` runs fastest on; the tensor itself where that is none other.
+
+    The caller drops its own reference: the packed weight never aliases the tensor unless it is the tensor.
+    """
+    native = _native() if weight.device.type == "cpu" else None
+    if native is None or not native.supports(weight.dtype):
+        return weight
+    return cast(PackedWeight, native.pack_weight(weight))
+
+
+def pack_int8(weight: torch.Tensor) -> PackedWeight:
+    """`weight` [N, K] rounded to int8 with float scales."""
+    native = _native() if weight.device.type == "cpu" else None
+    if native is None or not native.supports(weight.dtype):
+        return reference.pack_int8(weight)
+    return cast(PackedWeight, native.pack_int8(weight))
+
+
+def _owner(weight: Weight) -> ModuleType:
+    """The module that reads `weight`: a plain tensor and the reference's own integers are the reference's."""
+    if isinstance(weight, (torch.Tensor, reference.Int8Weight)):
+        return reference
+    native = _native()
+    if native is None:
+        raise TypeError(f"no back end here reads a {type(weight).__name__}")
+    return native
+
+
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype."""
+    return cast(torch.Tensor, _owner(weight).linear(x, weight, bias))
+
+
+def linear_silu_mul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu_mul(linear(x, weight, bias))`, in one pass where the back end can: [T, K] to [T, I], weight [2I, K]."""
+    if isinstance(weight, torch.Tensor):
+        return silu_mul(reference.linear(x, weight, bias))
+    return cast(torch.Tensor, _owner(weight).linear_silu_mul(x, weight, bias))
+
+
+def embedding(token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `token_ids` [T] of weight [V, H], as [T, H] in `dtype`.
+
+    Reads every weight that `linear` reads, so that tied embeddings need only one.
+    """
+    return cast(torch.Tensor, _owner(weight).embedding(token_ids, weight, dtype))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the last dimension of x [T, H]."""
+    return _of(x).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add x [T, H] to `residual` in place; returns the sum's RMS norm."""
+    return _of(x).add_rms_norm(x, residual, weight, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """Layer norm over the last dimension of x [T, H]."""
+    return _of(x).layer_norm(x, weight, bias, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of gate_up [T, 2I]: [T, I]."""
+    return _of(gate_up).silu_mul(gate_up)
+
+
+def gelu(x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor:
+    """The Gaussian error linear unit, exact ("none") or its tanh approximation."""
+    return _of(x).gelu(x, approximate)
+
+
+def prepare_qkv(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and rotate the heads of qkv [T, (Hq + 2 Hkv) D], write keys and values to the cache; queries [T, Hq, D].
+
+    qkv is dead afterwards: a back end may work in it.
+    """
+    return _of(qkv).prepare_qkv(
+        qkv, num_heads, num_kv_heads, head_dim, positions, cos_sin, q_norm, k_norm, eps, k_cache, v_cache, slots
+    )
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Causal attention of q [T, Hq, D] over the paged cache, window included: [T, Hq * D]."""
+    return _of(q).paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)

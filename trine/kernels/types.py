@@ -1,0 +1,75 @@
+"""What the back ends agree on: the tensors of a paged batch, weights in a back end's own layout, the operations."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+
+
+class PagedBatch(Protocol):
+    """The part of `trine.llm.batch.Batch` that attention reads; see there for the meaning of each tensor."""
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+
+
+class PackedWeight(Protocol):
+    """A weight [N, K] in a back end's own layout or precision. Only the back end that made it can read it."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Weight = torch.Tensor | PackedWeight
+
+
+class Backend(Protocol):
+    """The operations; `trine.kernels.reference` says in PyTorch what each one means."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor: ...
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+
+    def gelu(self, x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor: ...
+
+    def prepare_qkv(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor: ...
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: PagedBatch,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor: ...

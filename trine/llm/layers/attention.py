@@ -1,0 +1,66 @@
+"""Attention over the paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from trine.kernels import ops
+from trine.llm.batch import Batch, CacheSpec
+from trine.llm.layers.module import Layer
+from trine.llm.layers.norm import RMSNorm
+
+
+class Attention(Layer):
+    """From the fused query-key-value projection of T tokens to their mixed values, through one layer's cache.
+
+    `cos_sin` is the rotary table (None: positions enter elsewhere), `q_norm` and `k_norm` norm each head (Qwen3).
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+        cos_sin: torch.Tensor | None = None,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.cache_spec = CacheSpec(num_kv_heads, head_dim, dtype, sliding_window)
+        self.cos_sin = cos_sin
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+
+    def bind_cache(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """Use these tensors [num_blocks, num_kv_heads, block_size, head_dim] as the cache."""
+        self.k_cache = k_cache
+        self.v_cache = v_cache
+
+    def forward(self, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[T, (Hq + 2 Hkv) D] to [T, Hq D]; writes the tokens' keys and values to the cache."""
+        q = ops.prepare_qkv(
+            qkv,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            batch.positions,
+            self.cos_sin,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            0.0 if self.q_norm is None else self.q_norm.eps,
+            self.k_cache,
+            self.v_cache,
+            batch.slots,
+        )
+        return ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, self.cache_spec.sliding_window)

@@ -1,0 +1,52 @@
+"""How layers get weights: each says which checkpoint tensors it wants, takes them one by one, then packs itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class WeightKey(NamedTuple):
+    """One tensor that a layer takes from a checkpoint: a parameter, or a named part of a fused one ("": the whole)."""
+
+    name: str
+    shard: str = ""
+
+
+class Layer(nn.Module):
+    """A module whose result is one tensor, which type checkers can't know of `nn.Module`."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any) -> torch.Tensor: ...
+
+
+class WeightedModule(Layer):
+    """A layer with weights of its own. Nothing is allocated before `create_weights`, so that loading can go layer by
+    layer and memory peaks at the packed model plus one layer.
+    """
+
+    def expected_weights(self) -> dict[WeightKey, tuple[int, ...]]:
+        """What to load, with the shape that each tensor has in the checkpoint."""
+        raise NotImplementedError
+
+    def create_weights(self, device: torch.device) -> None:
+        """Allocate the parameters, uninitialised."""
+        raise NotImplementedError
+
+    def load_weight(self, key: WeightKey, tensor: torch.Tensor) -> None:
+        """Copy one checkpoint tensor of the expected shape, any float dtype, into the parameters."""
+        raise NotImplementedError
+
+    def process_weights(self) -> None:
+        """Called once when everything is loaded: bring the weights into the form that `forward` reads."""
+
+    def weight_bytes(self) -> int:
+        """Memory that the weights take now."""
+        return sum(parameter.nbytes for parameter in self.parameters(recurse=False))
+
+
+def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

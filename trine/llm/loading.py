@@ -1,0 +1,182 @@
+"""From a name or a directory to a model with weights."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trine.core.errors import ModelLoadError
+from trine.llm.checkpoint import Checkpoint, StoredTensor, few
+from trine.llm.config import ModelConfig
+from trine.llm.layers.module import WeightedModule, WeightKey
+from trine.llm.models import decoder_class
+from trine.llm.models.base import Build, CausalLM, CheckpointNames
+from trine.llm.quantization import linear_method
+
+EMBEDDED = ("tiny",)
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "1_Pooling/*"]
+
+
+def resolve_model(name_or_dir: str | Path) -> Path:
+    """The directory of a model: an embedded one ("tiny"), a directory, or a name on the Hugging Face hub.
+
+    A hub model is downloaded to the hub client's cache. Raises ModelLoadError when there is no such model or network.
+    """
+    name = str(name_or_dir)
+    if name in EMBEDDED:
+        directory = Path(str(resources.files("trine"))) / "data" / name
+        if not (directory / "config.json").exists():
+            raise ModelLoadError(
+                f"the embedded model {name!r} is missing from this installation ({directory}): reinstall"
+            )
+        return directory
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelLoadError(f"{path} is a file: give the directory that holds config.json and the weights")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelLoadError(f"there is no directory {path}: check the path")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ModelLoadError(
+            f"{name!r} is not a directory here, and huggingface_hub, which downloads models, is not installed: "
+            "pip install huggingface_hub, or give a directory"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the client raises many kinds: no such name, no access, no network
+        reason = str(error).strip().splitlines()[0]
+        raise ModelLoadError(
+            f"{name!r} is neither a directory here nor a model that the Hugging Face hub gives us ({reason}). "
+            "Check the spelling and the network, log in with `hf auth login` for a gated model, "
+            "or give a local directory, or `tiny`"
+        ) from error
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None = None,
+    load_format: str = "auto",
+    max_model_len: int | None = None,
+) -> tuple[CausalLM, ModelConfig]:
+    """The model of a checkpoint directory, and its configuration.
+
+    load_format "dummy" needs config.json only and draws random weights. `max_model_len` is the longest context that
+    will be served (default: all that the checkpoint allows): tables of positions have that length. Raises
+    ModelLoadError naming the file, tensor or key that is wrong.
+    """
+    directory = Path(directory)
+    config = ModelConfig.from_directory(directory)
+    if config.hf.get("quantization_config"):
+        method = config.hf["quantization_config"].get("quant_method", "unknown")
+        raise ModelLoadError(
+            f"{directory} holds weights quantised by {method!r}, which is not supported: "
+            "take the original checkpoint, with quantization='int8' if it has to be small"
+        )
+    build = Build(device, dtype, linear_method(quantization, device), max_model_len or config.max_model_len)
+    model = decoder_class(config.architecture)(config, build).eval()
+    if load_format == "dummy":
+        fill_random(model, device)
+    else:
+        names = model.names.ignoring("^lm_head\\.") if config.tie_word_embeddings else model.names
+        load_weights(model, Checkpoint(directory), names, device)
+    return model, config
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory that the model's weights take, packed as they are."""
+    return sum(module.weight_bytes() for module in model.modules() if isinstance(module, WeightedModule))
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, checkpoint: Checkpoint, names: CheckpointNames, device: torch.device) -> None:
+    """Stream a checkpoint into a model. Everything is checked before anything is read.
+
+    A layer is allocated at its first tensor and packed at its last, so that memory peaks at the packed model and the
+    layers that are half-way. Raises ModelLoadError for tensors missing, left over or of the wrong shape.
+    """
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, WeightedModule)}
+    places = _match(modules, checkpoint, names)
+    waiting = {path: set(module.expected_weights()) for path, module in modules.items()}
+    started: set[str] = set()
+    for stored, tensor in checkpoint.stream():
+        if stored.name not in places:
+            continue
+        path, key = places[stored.name]
+        module = modules[path]
+        if path not in started:
+            module.create_weights(device)
+            started.add(path)
+        module.load_weight(key, tensor)
+        waiting[path].remove(key)
+        if not waiting[path]:
+            module.process_weights()
+
+
+def _match(
+    modules: dict[str, WeightedModule], checkpoint: Checkpoint, names: CheckpointNames
+) -> dict[str, tuple[str, WeightKey]]:
+    """Where each tensor goes, by its name."""
+    expected = {
+        (path, key): shape for path, module in modules.items() for key, shape in module.expected_weights().items()
+    }
+    places: dict[str, tuple[str, WeightKey]] = {}
+    unused: list[str] = []
+    for stored in checkpoint.tensors.values():
+        place = names.resolve(stored.name)
+        if place is None:
+            continue
+        if place not in expected:
+            unused.append(f"{stored.name} ({stored.file.name})")
+            continue
+        _check_shape(stored, expected[place])
+        places[stored.name] = place
+    missing = [names.describe(*place) for place in expected.keys() - set(places.values())]
+    if missing:
+        files = ", ".join(file.name for file in checkpoint.files[:2])
+        raise ModelLoadError(
+            f"weights missing from {checkpoint.files[0].parent} ({files}…): {few(sorted(missing))}; "
+            "config.json asks for them. Is the download complete, and does config.json belong to it?"
+        )
+    if unused:
+        raise ModelLoadError(
+            f"weights in {checkpoint.files[0].parent} that this model has no place for: {few(sorted(unused))}. "
+            "Does config.json belong to these weights?"
+        )
+    return places
+
+
+def _check_shape(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise ModelLoadError(
+            f"{stored.name} in {stored.file} has shape {list(stored.shape)}, expected {list(shape)} by config.json. "
+            "Does config.json belong to these weights?"
+        )
+
+
+@torch.no_grad()
+def fill_random(model: nn.Module, device: torch.device, seed: int = 0) -> None:
+    """Random weights for measurements and tests: normal with deviation 0.02, norms 1, biases 0, the same every time."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        if not isinstance(module, WeightedModule):
+            continue
+        module.create_weights(device)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name == "bias" else 1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        module.process_weights()

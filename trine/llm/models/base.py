@@ -1,0 +1,112 @@
+"""What the engine asks of a language model, and how checkpoint names find their layers."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from trine.core.errors import ModelLoadError
+from trine.llm.batch import Batch, CacheSpec
+from trine.llm.config import ModelConfig
+from trine.llm.layers.attention import Attention
+from trine.llm.layers.module import Layer, WeightKey
+from trine.llm.quantization.method import LinearMethod
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """How a model is to be built. `max_model_len` is the longest context that will be served."""
+
+    device: torch.device
+    dtype: torch.dtype
+    method: LinearMethod
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointNames:
+    """From a checkpoint's tensor names to layers.
+
+    A name loses the first of `prefixes` that it starts with. The rest is a module's path and a parameter; the path's
+    last part may be a projection that is fused here: `fused` maps it to the module and the shard. Names that match
+    `ignored` are buffers that old tools saved, or heads that are not served.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    fused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def resolve(self, name: str) -> tuple[str, WeightKey] | None:
+        """(module path, key) for a tensor's name; None when it is to be ignored."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                break
+        if any(re.search(pattern, name) for pattern in self.ignored):
+            return None
+        path, _, parameter = name.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        if leaf not in self.fused:
+            return path, WeightKey(parameter)
+        module, shard = self.fused[leaf]
+        return f"{parent}.{module}", WeightKey(parameter, shard)
+
+    def describe(self, path: str, key: WeightKey) -> str:
+        """A checkpoint's name for what a layer wants: `resolve` backwards."""
+        parent, _, leaf = path.rpartition(".")
+        for name, place in self.fused.items():
+            if place == (leaf, key.shard):
+                path = f"{parent}.{name}"
+        return f"{path}.{key.name}"
+
+    def ignoring(self, pattern: str) -> CheckpointNames:
+        """The same names, with another pattern to ignore."""
+        return replace(self, ignored=(*self.ignored, pattern))
+
+
+class CausalLM(Layer, ABC):
+    """A decoder on packed tokens: no batch dimension, no padding, no policy.
+
+    `names` is the family's table from checkpoint to layers; a subclass builds its layers from the configuration.
+    """
+
+    names: CheckpointNames
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = build.dtype
+
+    @abstractmethod
+    def forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """token_ids [T] int64 to the last layer's normed hidden states [T, H]; extends the bound caches."""
+
+    @abstractmethod
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [S, H] to logits [S, V] float32."""
+
+    def attention_layers(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
+    def cache_specs(self) -> list[CacheSpec]:
+        """One for each attention layer, in order."""
+        return [layer.cache_spec for layer in self.attention_layers()]
+
+    def bind_cache(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Give each attention layer its keys and values [num_blocks, num_kv_heads, block_size, head_dim]."""
+        for layer, (k_cache, v_cache) in zip(self.attention_layers(), caches, strict=True):
+            layer.bind_cache(k_cache, v_cache)
+
+
+def require_activation(config: ModelConfig, supported: Sequence[str]) -> str:
+    """The activation's name, or ModelLoadError when the family's code has no such activation."""
+    if config.activation not in supported:
+        raise ModelLoadError(
+            f"hidden_act={config.activation!r} is not supported for {config.architecture}: "
+            f"expected {', '.join(supported)}"
+        )
+    return config.activation

@@ -1,0 +1,146 @@
+"""Llama 2, 3, 3.1 and what shares its block: Mistral, Qwen2 and Qwen3 are this with other options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trine.llm.batch import Batch
+from trine.llm.config import ModelConfig
+from trine.llm.layers.attention import Attention
+from trine.llm.layers.embedding import Embedding, OutputProjection, TiedEmbedding
+from trine.llm.layers.linear import GateUpLinear, Linear, qkv_shards
+from trine.llm.layers.module import Layer
+from trine.llm.layers.norm import RMSNorm
+from trine.llm.layers.rotary import cos_sin_table
+from trine.llm.models.base import Build, CausalLM, CheckpointNames, require_activation
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOptions:
+    """Where the families that share the block differ."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_norm: bool = False
+
+
+class SelfAttention(Attention):
+    """Projections around paged attention."""
+
+    def __init__(
+        self, config: ModelConfig, build: Build, options: BlockOptions, window: int | None, cos_sin: torch.Tensor
+    ) -> None:
+        size = config.head_dim
+        super().__init__(
+            config.num_heads,
+            config.num_kv_heads,
+            size,
+            dtype=build.dtype,
+            sliding_window=window,
+            cos_sin=cos_sin,
+            q_norm=RMSNorm(size, config.norm_eps, build.dtype) if options.head_norm else None,
+            k_norm=RMSNorm(size, config.norm_eps, build.dtype) if options.head_norm else None,
+        )
+        shards = qkv_shards(config.num_heads, config.num_kv_heads, size)
+        self.qkv_proj = Linear(
+            config.hidden_size, shards, bias=options.qkv_bias, dtype=build.dtype, method=build.method
+        )
+        self.o_proj = Linear(
+            config.num_heads * size,
+            config.hidden_size,
+            bias=options.output_bias,
+            dtype=build.dtype,
+            method=build.method,
+        )
+
+    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.o_proj(super().forward(self.qkv_proj(x), batch))
+
+
+class GatedMLP(Layer):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, build: Build, bias: bool) -> None:
+        super().__init__()
+        inner = config.intermediate_size
+        self.gate_up_proj = GateUpLinear(config.hidden_size, inner, bias=bias, dtype=build.dtype, method=build.method)
+        self.down_proj = Linear(inner, config.hidden_size, bias=bias, dtype=build.dtype, method=build.method)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj(x))
+
+
+class DecoderLayer(Layer):
+    """Attention and MLP, each on the norm of the residual stream and added back to it."""
+
+    def __init__(
+        self, config: ModelConfig, build: Build, options: BlockOptions, window: int | None, cos_sin: torch.Tensor
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
+        self.self_attn = SelfAttention(config, build, options, window, cos_sin)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
+        self.mlp = GatedMLP(config, build, options.mlp_bias)
+
+    def forward(self, x: torch.Tensor | None, residual: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """`residual` [T, H] is updated in place, except for this layer's last output, which is returned.
+
+        x is the same from the layer before; adding it is fused with the norm that follows. None in the first layer.
+        """
+        x = self.input_layernorm(residual) if x is None else self.input_layernorm.add(x, residual)
+        x = self.post_attention_layernorm.add(self.self_attn(x, batch), residual)
+        return self.mlp(x)
+
+
+class LlamaForCausalLM(CausalLM):
+    """The decoder. Subclasses say how their family differs."""
+
+    names = CheckpointNames(
+        prefixes=("model.",),
+        fused={
+            "q_proj": ("qkv_proj", "q"),
+            "k_proj": ("qkv_proj", "k"),
+            "v_proj": ("qkv_proj", "v"),
+            "gate_proj": ("gate_up_proj", "gate"),
+            "up_proj": ("gate_up_proj", "up"),
+        },
+        ignored=(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",),
+    )
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__(config, build)
+        require_activation(config, ("silu", "swish"))
+        assert config.rope is not None
+        cos_sin = cos_sin_table(config.rope, build.max_model_len, build.device)
+        options = self.options(config)
+        self.embed_tokens: Embedding
+        if config.tie_word_embeddings:
+            self.embed_tokens = TiedEmbedding(config.vocab_size, config.hidden_size, build.dtype, build.method)
+        else:
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, build.dtype)
+            self.lm_head = OutputProjection(
+                config.hidden_size, config.vocab_size, bias=False, dtype=build.dtype, method=build.method
+            )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, build, options, window, cos_sin) for window in config.layer_windows
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
+
+    @staticmethod
+    def options(config: ModelConfig) -> BlockOptions:
+        return BlockOptions(config.attention_bias, config.attention_bias, config.mlp_bias)
+
+    def forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        residual = self.embed_tokens(token_ids)
+        x: torch.Tensor | None = None
+        for layer in self.layers:
+            x = layer(x, residual, batch)
+        return self.norm(residual) if x is None else self.norm.add(x, residual)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.embed_tokens if isinstance(self.embed_tokens, TiedEmbedding) else self.lm_head
+        return head.logits(hidden)
