@@ -52,16 +52,27 @@ class GuidedParams:
 class SamplingParams:
     """How to sample, and when to stop.
 
-    n sequences are returned, the best (by mean log-probability) of best_of. temperature 0 is greedy. top_k 0, top_p 1 and
-    min_p 0 are off; they apply in the order temperature, top_k, top_p, min_p. Penalties: repetition_penalty divides
-    (multiplies when negative) the logits of every token in prompt and output (Keskar et al. 2019, CTRL, section 4.1);
-    presence_penalty and frequency_penalty subtract from the logits of tokens in the output, once or per occurrence (OpenAI). logit_bias adds to
-    logits by token id. bad_words are never completed. A sequence ends at the model's end-of-sequence tokens (unless
-    ignore_eos), at stop_token_ids, when its text holds a stop string (which is cut from the text unless
-    include_stop_str_in_output), or after max_tokens; none of the first three before min_tokens. max_tokens None means
-    up to the model's context length. logprobs k returns the sampled token's and the k most probable tokens'
-    log-probabilities; prompt_logprobs k the same for the prompt. A seed makes the tokens a function of the prompt and
-    the seed, whatever else is in the batch. use_beam_search keeps `best_of` (or n) beams; length_penalty and early_stopping as in Transformers.
+    n sequences are returned, the best (by mean log-probability) of best_of. temperature 0 is greedy, and so is top_k 1.
+
+    The filters apply in the order top_k, top_p, min_p to the distribution at the temperature; 0, 1 and 0 are off.
+    top_k keeps the k most probable tokens, top_p the fewest most probable ones that hold the share top_p of what top_k
+    left, min_p the tokens at least min_p times as probable as the most probable one. A token as probable as the last
+    one kept is kept too.
+
+    Penalties change the logits before the temperature: repetition_penalty divides (multiplies when negative) the
+    logits of every token in prompt and output (Keskar et al. 2019, CTRL, section 4.1); presence_penalty and
+    frequency_penalty subtract from the logits of tokens in the output, once or per occurrence (OpenAI). logit_bias
+    then adds to logits by token id. bad_words are never completed.
+
+    A sequence ends at the model's end-of-sequence tokens (unless ignore_eos), at stop_token_ids, when its text holds a
+    stop string (which is cut from the text unless include_stop_str_in_output), or after max_tokens; none of the
+    first three before min_tokens. A guided sequence also ends when its grammar allows nothing more. max_tokens None
+    means up to the model's context length.
+
+    logprobs k returns the sampled token's and the k most probable tokens' log-probabilities in the model's own
+    distribution; prompt_logprobs k the same for the prompt. A seed makes the tokens a function of the prompt and
+    the seed, whatever else is in the batch. use_beam_search keeps `best_of` (or n) beams; length_penalty and
+    early_stopping as in Transformers.
     """
 
     n: int = 1

@@ -1,0 +1,197 @@
+"""Chooses the next token of every row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trine.llm.sampling import distribution
+from trine.llm.sampling.edits import LogitEdits
+from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
+from trine.llm.sampling.params import SamplingParams
+from trine.llm.sampling.random import as_uint64, uniforms
+
+_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: the passes over a chunk of rows stay in a core's cache
+
+
+class _Use(IntFlag):
+    """What a row needs beyond the largest logit."""
+
+    RANDOM = 1
+    TOP_K = 2
+    TOP_P = 4
+    MIN_P = 8
+    EDITS = 16
+    GUIDED = 32
+    LOGPROBS = 64
+
+
+@dataclass(slots=True)
+class SamplerOutput:
+    """tokens [B] int64 on the logits' device; -1 where the row's logits hold NaN or infinity, or allow no token at all.
+
+    The caller fails the requests of rows with -1; `next_input` is safe to embed meanwhile.
+    """
+
+    tokens: Tensor
+    logprobs: SampledLogprobs | None
+
+    @property
+    def next_input(self) -> Tensor:
+        return self.tokens.clamp(min=0)
+
+
+class Sampler:
+    """Sampling parameters and penalty state of up to `max_rows` running sequences, and the choice of their next tokens.
+
+    Calls must be made in the order of the steps and from one thread at a time. `sample` never waits for the
+    device, so it can be launched ahead of the host.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
+        if not 0 < vocab_size <= distribution.MAX_VOCABULARY:
+            raise ValueError(f"vocab_size={vocab_size}: must be from 1 to {distribution.MAX_VOCABULARY}")
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._uses = np.zeros(max_rows, dtype=np.uint8)
+        self._seeds = np.zeros(max_rows, dtype=np.uint64)
+        # Columns: temperature, top_k, top_p, min_p. Float64 holds a top_k exactly: one copy a step carries all.
+        self._filters = np.zeros((max_rows, 4), dtype=np.float64)
+        self._logprob_counts = np.zeros(max_rows, dtype=np.int64)
+        self._edits = LogitEdits(max_rows, vocab_size, self.device)
+
+    def set_row(
+        self,
+        row: int,
+        params: SamplingParams,
+        *,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
+        bad_words_token_ids: Sequence[Sequence[int]],
+        seed: int,
+    ) -> None:
+        """Give `row` to a sequence. output_token_ids is non-empty when a preempted sequence resumes."""
+        uses = _Use(0)
+        top_k = params.top_k if params.top_k < self.vocab_size else 0
+        if not params.greedy and top_k != 1:
+            uses |= _Use.RANDOM
+            uses |= _Use.TOP_K if top_k else _Use(0)
+            uses |= _Use.TOP_P if params.top_p < 1.0 else _Use(0)
+            uses |= _Use.MIN_P if params.min_p > 0.0 else _Use(0)
+        if params.logprobs is not None:
+            uses |= _Use.LOGPROBS
+        if params.guided is not None:
+            uses |= _Use.GUIDED
+        if self._edits.set_row(row, params, prompt_token_ids, output_token_ids, eos_token_ids, bad_words_token_ids):
+            uses |= _Use.EDITS
+        self._uses[row] = uses
+        self._seeds[row] = as_uint64(seed)
+        self._filters[row] = (params.temperature, top_k, params.top_p, params.min_p)
+        self._logprob_counts[row] = params.logprobs or 0
+
+    def clear_row(self, row: int) -> None:
+        """Take `row` from its sequence and free what its options held."""
+        if self._uses[row] & _Use.EDITS:
+            self._edits.clear_row(row)
+        self._uses[row] = 0
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[int], steps: Sequence[int], bitmask: Tensor | None = None
+    ) -> SamplerOutput:
+        """One token a row. logits [B, V] float32 is overwritten when a row changes its logits.
+
+        rows [B]: the row of each line of logits. steps [B]: the index of the output token it samples, 0 for the first.
+        bitmask [B, ceil(V / 32)] int32: bit i % 32 of word i // 32 allows token i; read for rows whose parameters are
+        guided only.
+        """
+        index = np.asarray(rows, dtype=np.int64)
+        uses = self._uses[index]
+        anyone = _Use(int(np.bitwise_or.reduce(uses))) if len(index) else _Use(0)
+        raw = self._raw_logits(logits, uses, anyone, copy=bool(anyone & (_Use.EDITS | _Use.GUIDED)))
+        if anyone & (_Use.EDITS | _Use.GUIDED):
+            guided = uses & _Use.GUIDED != 0 if bitmask is not None else None
+            self._edits.apply(logits, index, np.asarray(steps), bitmask, guided)
+        largest, tokens = distribution.argmax(logits)
+        if anyone & _Use.RANDOM:
+            self._draw(logits, index, uses, np.asarray(steps), largest, tokens)
+        tokens = torch.where(torch.isfinite(largest), tokens, -1)
+        if anyone & _Use.EDITS:
+            self._edits.record(index, tokens)
+        return SamplerOutput(tokens, self._logprobs(raw, uses, index, tokens) if raw is not None else None)
+
+    def _raw_logits(self, logits: Tensor, uses: npt.NDArray[np.uint8], anyone: _Use, copy: bool) -> Tensor | None:
+        """The unedited logits of the rows that want log-probabilities."""
+        if not anyone & _Use.LOGPROBS:
+            return None
+        wanted = np.flatnonzero(uses & _Use.LOGPROBS)
+        if len(wanted) == len(uses):
+            return logits.clone() if copy else logits
+        return logits.index_select(0, self._upload(wanted))
+
+    def _logprobs(
+        self, raw: Tensor, uses: npt.NDArray[np.uint8], index: npt.NDArray[np.int64], tokens: Tensor
+    ) -> SampledLogprobs:
+        count = int(self._logprob_counts[index].max())
+        if raw.shape[0] == len(index):
+            return prompt_logprobs(raw, tokens, count)
+        wanted = self._upload(np.flatnonzero(uses & _Use.LOGPROBS))
+        part = prompt_logprobs(raw, tokens.index_select(0, wanted), count)
+        result = SampledLogprobs.empty(len(index), part.top_ids.shape[1], self.device)
+        result.put(wanted, part)
+        return result
+
+    def _draw(
+        self,
+        logits: Tensor,
+        index: npt.NDArray[np.int64],
+        uses: npt.NDArray[np.uint8],
+        steps: npt.NDArray[np.int64],
+        largest: Tensor,
+        tokens: Tensor,
+    ) -> None:
+        """Replace the greedy tokens of the rows that sample. Rows with and without filters are drawn apart."""
+        numbers = uniforms(self._seeds[index], steps.astype(np.uint64))
+        table = self._upload(np.column_stack((numbers, self._filters[index])))
+        filtered = uses & (_Use.TOP_K | _Use.TOP_P | _Use.MIN_P) != 0
+        for chosen in (uses & _Use.RANDOM != 0) & ~filtered, filtered:
+            where = np.flatnonzero(chosen)
+            step = max(1, _CHUNK_ELEMENTS // self.vocab_size) if self.device.type == "cpu" else max(1, len(where))
+            for start in range(0, len(where), step):
+                part = where[start : start + step]
+                needs = _Use(int(np.bitwise_or.reduce(uses[part])))
+                if len(part) == len(index):
+                    tokens.copy_(_draw(logits, largest, table, needs))
+                    continue
+                lines = self._upload(part)
+                drawn = _draw(logits[lines], largest[lines], table[lines], needs)
+                tokens.index_copy_(0, lines, drawn)
+
+    def _upload(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """A host array on the device. Pinned, so that the copy waits for nothing."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _draw(logits: Tensor, largest: Tensor, table: Tensor, needs: _Use) -> Tensor:
+    """Draw one token a row, [B] int64. table [B, 5] float64: uniform number, temperature, top_k, top_p, min_p."""
+    uniform, temperature, top_k, top_p, min_p = table.unbind(1)
+    z = distribution.scaled_logits(logits, largest, temperature.to(torch.float32))
+    mass = distribution.weights(z)
+    if needs & (_Use.TOP_K | _Use.TOP_P | _Use.MIN_P):
+        limit = distribution.thresholds(
+            z,
+            top_k.to(torch.int64) if needs & _Use.TOP_K else None,
+            top_p if needs & _Use.TOP_P else None,
+            min_p if needs & _Use.MIN_P else None,
+        )
+        mass.masked_fill_(z < limit, 0.0)
+    return distribution.draw(mass, uniform)
