@@ -19,10 +19,23 @@ class PagedModel:
     """A loaded model, a cache, and sequences that grow in it."""
 
     def __init__(
-        self, directory: Path, *, num_blocks: int = 256, seed: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        directory: Path,
+        *,
+        num_blocks: int = 256,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        quantization: str | None = None,
+        max_model_len: int | None = None,
     ) -> None:
         self.model: CausalLM
-        self.model, self.config = load_model(directory, dtype=dtype, device=torch.device("cpu"))
+        self.model, self.config = load_model(
+            directory,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            quantization=quantization,
+            max_model_len=max_model_len,
+        )
         caches = []
         for spec in self.model.cache_specs():
             shape = (num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
