@@ -1,4 +1,4 @@
-"""What a user imports: `LLM` for scripts, `AsyncLLM` for servers. Both are thin: `Processor` and `EngineCore` do the work."""
+"""What a user imports: `LLM` for scripts, `AsyncLLM` for servers. Both are thin over `Processor` and `EngineCore`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 from trine.core.errors import DeadlineExceededError, EngineDeadError, OverloadedError, RequestError, TrineError
 from trine.llm.beam import Beam, Candidates, beam_search
 from trine.llm.client import EngineInfo, EngineTransport, Message, ProcessTransport, ThreadTransport, dead
-from trine.llm.config import ModelConfig
 from trine.llm.loading import resolve_model
 from trine.llm.options import EngineOptions
 from trine.llm.outputs import CompletionOutput, Delta, EngineStats, RequestOutput
@@ -21,6 +20,7 @@ from trine.llm.processor import Processor, Prompt, RequestState
 from trine.llm.request import SequenceRequest
 from trine.llm.sampling.params import SamplingParams
 from trine.llm.tokenizer import Tokenizer
+from trine.llm.tokenizer_files import CONVERTIBLE
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class LLM:
     """A language model in this process.
 
-    model is a directory with a Hugging Face checkpoint, a hub name, or "tiny", the model that ships with Trine; the other
-    options are those of `EngineOptions`.
+    model is a directory with a Hugging Face checkpoint, a hub name, or "tiny", the model that ships with Trine; the
+    other options are those of `EngineOptions`.
 
     >>> llm = LLM("tiny")
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=20))[0].outputs[0].text  # doctest: +SKIP
@@ -60,8 +60,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate for every prompt, in order. Prompts are strings or {"prompt_token_ids": [...]}.
 
-        sampling_params: one for all, or one for each prompt. Raises RequestError for the first prompt that can't be served,
-        before anything is computed.
+        sampling_params: one for all, or one for each prompt. Raises RequestError for the first prompt that can't be
+        served, before anything is computed.
         """
         one = isinstance(prompts, str | dict)
         every: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item,assignment]
@@ -81,9 +81,9 @@ class LLM:
                 states.append(state)
                 requests += started
         except TrineError:
-            for state in states:
-                if state is not None:
-                    self._processor.forget(state)
+            for begun in states:
+                if begun is not None:
+                    self._processor.forget(begun)
             raise
         for request in requests:
             self._core.add(request)
@@ -218,7 +218,7 @@ class RequestStream:
 
 
 class AsyncLLM:
-    """The engine for servers: requests come and go in an event loop, the engine runs in a process (or thread) of its own.
+    """The engine for servers: requests come and go in an event loop, the engine runs in a process of its own.
 
     An engine that dies fails its requests with EngineDeadError and is started again; `is_ready` is False meanwhile.
     """
@@ -277,7 +277,7 @@ class AsyncLLM:
         deadline: float | None = None,
         salt: str | None = None,
     ) -> RequestStream:
-        """Start a request. `deadline`: seconds from now. `priority`: lower goes first. `salt` keeps its prefix cache apart.
+        """Start a request. deadline: seconds from now. priority: lower goes first. salt keeps its prefix cache apart.
 
         Raises RequestError (the request can't be served), OverloadedError (the queue is full), EngineDeadError.
         """
@@ -399,8 +399,8 @@ class AsyncLLM:
         limit = self.info.max_num_seqs + self.options.max_waiting
         if self._num_sequences + num_sequences > limit:
             raise OverloadedError(
-                f"{self._num_sequences} sequences are running or queued, the limit is {limit}: try again later, or raise "
-                "--max-waiting",
+                f"{self._num_sequences} sequences are running or queued, the limit is {limit}: try again later, or "
+                "raise --max-waiting",
                 retry_after=1.0,
             )
 
@@ -448,14 +448,11 @@ class AsyncLLM:
 
 
 def load_tokenizer(options: EngineOptions) -> Tokenizer | None:
-    """The model's tokenizer; None when there is none and random weights were asked for."""
+    """The model's tokenizer; None when its directory has none: prompts are token ids then."""
     directory = Path(options.tokenizer) if options.tokenizer else resolve_model(options.model)
-    try:
-        return Tokenizer.from_directory(directory)
-    except TrineError:
-        if options.load_format == "dummy" and options.tokenizer is None:
-            return None
-        raise
+    if options.tokenizer is None and not any((directory / name).exists() for name in ("tokenizer.json", *CONVERTIBLE)):
+        return None
+    return Tokenizer.from_directory(directory)
 
 
 def _options(model: str | Path, options: dict[str, Any]) -> EngineOptions:

@@ -26,7 +26,7 @@ class Beam:
     ended_by: int | None = None
 
     def score(self, length_penalty: float) -> float:
-        return self.logprob / max(1, len(self.token_ids)) ** length_penalty
+        return self.logprob / float(max(1, len(self.token_ids)) ** length_penalty)
 
 
 def beam_search(
@@ -64,7 +64,7 @@ def _settled(params: SamplingParams, best_live: Beam, worst_finished: Beam, leng
     if params.early_stopping is True:
         return True
     reach = max_tokens if params.early_stopping == "never" and params.length_penalty > 0 else length
-    return best_live.logprob / reach**params.length_penalty <= worst_finished.score(params.length_penalty)
+    return best_live.logprob / float(reach**params.length_penalty) <= worst_finished.score(params.length_penalty)
 
 
 def _check(params: SamplingParams) -> None:

@@ -75,7 +75,7 @@ class EngineCore:
 
     @property
     def stats(self) -> EngineStats:
-        return self.scheduler.stats
+        return self.scheduler.observe()
 
     # --- the loop --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 @dataclass(slots=True)
 class Logprob:
-    """Log-probability of one token, natural logarithm, of the model's own distribution (before temperature and filters).
+    """Natural log-probability of one token in the model's own distribution (before temperature and filters).
 
     `rank` is 1 for the most probable token of the vocabulary. `token` is the token's text ("" when not detokenised).
     """
@@ -42,7 +42,7 @@ class Delta:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated sequence. `stop_reason` is the stop string or stop token id that ended it, None for end-of-sequence."""
+    """One generated sequence. `stop_reason`: the stop string or token id that ended it; None for end-of-sequence."""
 
     index: int
     text: str = ""

@@ -281,7 +281,7 @@ class Processor:
         reason: FinishReason | None = output.finish_reason
         stop_reason: int | str | None = output.stop_token_id
         done.token_ids.extend(output.token_ids)
-        text, stop = self._text(state.params, sequence, output, stop_reason)
+        text, stop = self._text(state.params, sequence, output)
         if stop is not None:
             reason, stop_reason = "stop", stop
         logprobs = None
@@ -294,14 +294,14 @@ class Processor:
         done.stop_reason = stop_reason
         return Delta(done.index, text, output.token_ids, logprobs, reason, stop_reason)
 
-    def _text(
-        self, params: SamplingParams, sequence: SequenceState, output: SequenceOutput, stop_token_id: int | None
-    ) -> tuple[str, str | None]:
+    def _text(self, params: SamplingParams, sequence: SequenceState, output: SequenceOutput) -> tuple[str, str | None]:
         """New text, and the stop string that ended it. A token that ends the sequence is not part of its text."""
         if sequence.text is None:
             return "", None
         shown = output.token_ids
-        ended_by_token = output.finish_reason == "stop" and bool(shown) and self._is_end(shown[-1], stop_token_id)
+        ended_by_token = (
+            output.finish_reason == "stop" and bool(shown) and self._is_end(shown[-1], output.stop_token_id)
+        )
         if ended_by_token and not params.include_stop_str_in_output:
             shown = shown[:-1]
         allow_stop = len(sequence.output.token_ids) > params.min_tokens

@@ -80,8 +80,8 @@ class Sequence:
     """The scheduler's view of a request: `num_computed` of its tokens are in the cache (or on their way there).
 
     `tokens` are prompt and known output; `num_in_flight` more have been launched but not read back yet. So
-    `num_tokens - num_computed` tokens are to be computed before the next one can be sampled: one while decoding, many at
-    first, or after a preemption. That difference is all that the scheduler looks at.
+    `num_tokens - num_computed` tokens are to be computed before the next one can be sampled: one while decoding, many
+    at first or after a preemption. That difference is all that the scheduler looks at.
     """
 
     __slots__ = (

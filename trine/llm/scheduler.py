@@ -20,7 +20,7 @@ from trine.llm.request import Sequence, SequenceOutput, SequenceRequest, Status,
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """max_num_seqs sequences run at once; max_num_batched_tokens are computed in a step; block_size tokens fill a block."""
+    """max_num_seqs sequences run at once, max_num_batched_tokens are computed in a step, block_size fill a block."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -36,11 +36,11 @@ class SchedulerLimits:
 
 
 class Assignment(NamedTuple):
-    """`count` tokens of a sequence, from position `start` on, to compute in the step that is being planned."""
+    """Tokens of a sequence, from position `start` on, to compute in the step that is being planned."""
 
     sequence: Sequence
     start: int
-    count: int
+    num_tokens: int
 
 
 class NewRow(NamedTuple):
@@ -63,8 +63,8 @@ class NewBlocks(NamedTuple):
 class Step:
     """One forward pass, as a snapshot: nothing in it changes while the worker reads it.
 
-    Entry i computes `counts[i]` tokens from position `starts[i]` of the sequence in row `rows[i]`. `tokens[i]` are their
-    ids, or None for the single token that this row sampled last, which only the device needs to know. Entries with one
+    Entry i computes `counts[i]` tokens from position `starts[i]` of the sequence in row `rows[i]`. `tokens[i]` are
+    their ids, or None for the single token that this row sampled last, which only the device needs to know. Entries with one
     token come first (`num_decodes` of them). `sampled` are the entries after which a token is sampled, `guided` the
     positions in `sampled` whose next token a grammar restricts.
     """
@@ -89,7 +89,7 @@ class Step:
 
 
 class Scheduler:
-    """Queues, rows and blocks. `schedule` hands out a step, `update` takes its tokens back; steps may overlap by one."""
+    """Queues, rows, blocks. `schedule` hands out a step, `update` takes its tokens back; steps may overlap by one."""
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool, eos_token_ids: tuple[int, ...]) -> None:
         self.limits = limits
@@ -133,6 +133,13 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._sequences) - len(self.running)
 
+    def observe(self) -> EngineStats:
+        """The statistics as of now."""
+        self.stats.running = len(self.running)
+        self.stats.waiting = self.num_waiting
+        self.stats.blocks_used = self.pool.num_used
+        return self.stats
+
     def drain_ended(self) -> list[SequenceOutput]:
         """Outputs of sequences that ended outside a step: aborted, past their deadline."""
         ended, self._ended = self._ended, []
@@ -148,9 +155,6 @@ class Scheduler:
         plan: list[Assignment] = []
         budget = self._continue_running(plan, step, self.limits.max_num_batched_tokens)
         self._admit_waiting(plan, step, budget, now)
-        self.stats.running = len(self.running)
-        self.stats.waiting = self.num_waiting
-        self.stats.blocks_used = self.pool.num_used
         if not plan:
             return None
         step.cleared_rows, self._cleared_rows = self._cleared_rows, []
@@ -257,7 +261,7 @@ class Scheduler:
             step.new_blocks.append(NewBlocks(sequence.row, 0, list(hits)))
 
     def _make_room(self, sequence: Sequence, count: int, assigned: set[int], step: Step) -> bool:
-        """Blocks for `count` more tokens, preempting the least urgent if need be; False if that is `sequence` itself."""
+        """Blocks for `count` more tokens, preempting the least urgent if need be; False if that is `sequence`."""
         while not self._append_blocks(sequence, count, step):
             victim = next(running for running in reversed(self.running) if running.id not in assigned)
             self._preempt(victim)
@@ -277,8 +281,8 @@ class Scheduler:
         return True
 
     def _assign(self, plan: list[Assignment], sequence: Sequence, count: int) -> None:
-        """Advance the sequence. Blocks that this fills can be shared from now on, even within this very step: every layer
-        writes all keys and values of a step before any of its tokens attends to them.
+        """Advance the sequence. Blocks that this fills can be shared from now on, even within this very step: every
+        layer writes all keys and values of a step before any of its tokens attends to them.
         """
         plan.append(Assignment(sequence, sequence.num_computed, count))
         sequence.num_computed += count
@@ -286,7 +290,7 @@ class Scheduler:
 
     def _fill(self, step: Step, plan: list[Assignment]) -> None:
         """Write the plan as a snapshot, decodes first, and count the tokens that will be in flight."""
-        plan.sort(key=lambda assignment: assignment.count > 1)
+        plan.sort(key=lambda assignment: assignment.num_tokens > 1)
         for entry, (sequence, start, count) in enumerate(plan):
             end = start + count
             step.sequences.append(sequence)
@@ -331,7 +335,7 @@ class Scheduler:
             sequence.row = -1
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, blocks given up. Its tokens stay, so that resuming is a prefill, mostly of cached blocks."""
+        """Back to the queue, blocks given up. Its tokens stay: resuming is a prefill, mostly of cached blocks."""
         self._release(sequence)
         sequence.status = Status.WAITING
         sequence.num_computed = 0

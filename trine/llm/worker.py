@@ -12,7 +12,8 @@ import torch
 
 from trine.llm.batch import Batch, CacheSpec
 from trine.llm.request import TokenScores
-from trine.llm.sampling.sampler import SampledLogprobs, Sampler, prompt_logprobs
+from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
+from trine.llm.sampling.sampler import Sampler
 from trine.llm.scheduler import SchedulerLimits, Step
 
 
@@ -106,7 +107,7 @@ class Worker:
         if bitmask is not None:
             bitmask = bitmask.to(self.device, non_blocking=True)
         sampled = self.sampler.sample(logits, rows, step.output_index, bitmask)
-        self.last_token[self._to_device(np.array(rows, dtype=np.int64))] = sampled.tokens
+        self.last_token[self._to_device(np.array(rows, dtype=np.int64))] = sampled.next_input
         return self._reader(sampled.tokens, sampled.logprobs, prompt_scores)
 
     def _reader(
@@ -117,7 +118,7 @@ class Worker:
             return lambda: result
         on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         on_host.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
 
         def read() -> StepResult:
