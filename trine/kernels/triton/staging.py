@@ -19,7 +19,7 @@ def _stage_kernel(
 ):  # fmt: skip
     """Program r fills row r: from row r of the sources, or past their end with one token in block 0."""
     row = tl.program_id(0).to(tl.int64)
-    used = row < num_rows
+    used = tl.program_id(0) < num_rows
     tl.store(to_token_ids_ptr + row, tl.load(token_ids_ptr + row, mask=used, other=0))
     tl.store(to_positions_ptr + row, tl.load(positions_ptr + row, mask=used, other=0))
     tl.store(to_slots_ptr + row, tl.load(slots_ptr + row, mask=used, other=0))
