@@ -127,7 +127,9 @@ class Letters:
 
 
 def slow_stop(chunks: list[str], allowed: list[bool], stops: list[str], include: bool) -> tuple[str, str | None]:
-    """Character by character over the whole text: the first at which an allowed stop string ends, the longest one there."""
+    """Character by character over the whole text: the first at which an allowed stop string ends, the longest one
+    there.
+    """
     text = ""
     for chunk, allow in zip(chunks, allowed, strict=True):
         for char in chunk:

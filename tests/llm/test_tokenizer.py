@@ -115,10 +115,18 @@ def test_gpt2_files(tmp_path: Path) -> None:
     ("kind", "options"),
     [
         ("bpe", {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}),
-        ("bpe", {}),
-        ("bpe", {"byte_fallback": True, "add_dummy_prefix": False, "user_defined_symbols": ["<tool>"]}),
-        ("unigram", {}),
-        ("unigram", {"byte_fallback": True}),
+        ("bpe", {"vocab_size": 200}),
+        (
+            "bpe",
+            {
+                "byte_fallback": True,
+                "add_dummy_prefix": False,
+                "user_defined_symbols": ["<tool>"],
+                "remove_extra_whitespaces": False,
+            },
+        ),
+        ("unigram", {"vocab_size": 90}),
+        ("unigram", {"byte_fallback": True, "vocab_size": 350}),
     ],
 )
 def test_sentencepiece_files_equal_sentencepiece(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
@@ -129,10 +137,9 @@ def test_sentencepiece_files_equal_sentencepiece(tmp_path: Path, kind: str, opti
     sentencepiece.SentencePieceTrainer.train(
         input=str(source),
         model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=450 if options.get("byte_fallback") else 200,
         model_type=kind,
         minloglevel=2,
-        **options,
+        **{"vocab_size": 450, **options},
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tok = Tokenizer.from_directory(tmp_path)

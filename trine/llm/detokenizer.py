@@ -1,7 +1,7 @@
 """Token ids to text while they are generated: whole characters only, and stop strings.
 
-`IncrementalDetokenizer` gives the text of a growing sequence piece by piece; the pieces' concatenation is what decoding the
-whole sequence gives. `OutputText` looks for stop strings on top of it.
+`IncrementalDetokenizer` gives the text of a growing sequence piece by piece; the pieces' concatenation is what decoding
+the whole sequence gives. `OutputText` looks for stop strings on top of it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class _Stream(Protocol):
 class IncrementalDetokenizer:
     """Text of generated tokens. `push(ids)` returns the text that they complete, `flush()` at the end what is left.
 
-    The text continues the prompt: where a tokenizer drops the space at the start of a text (SentencePiece), it is kept after a
-    prompt. Else the prompt has no effect, and the concatenation equals `tokenizer.decode` of all pushed ids. One exception:
-    where invalid UTF-8 follows more than 128 bytes of valid characters in byte-fallback tokens (nothing else between them),
-    the library turns all of those bytes into U+FFFD; here the characters that were given out stay.
+    The text continues the prompt: where a tokenizer drops the space at the start of a text (SentencePiece), it is kept
+    after a prompt. Else the prompt has no effect, and the concatenation equals `tokenizer.decode` of all pushed ids.
+    One exception: where invalid UTF-8 follows more than 128 bytes of valid characters in byte-fallback tokens (nothing
+    else between them), the library turns all of those bytes into U+FFFD; here the characters that were given out stay.
 
     push: a function of token ids (any sequence of ints, empty too). About 0.3 µs a token for byte-level BPE.
     """
@@ -89,7 +89,8 @@ class _ByteStream:
 class _PieceStream:
     """Pieces of text, with byte-fallback tokens between them (SentencePiece), and rules at the start of the text.
 
-    A run of byte tokens is text when all of it is UTF-8, so it is held until it ends, or is known to be invalid, or is long.
+    A run of byte tokens is text when all of it is UTF-8, so it is held until it ends, or is known to be invalid, or is
+    long.
     """
 
     __slots__ = ("_at_start", "_invalid", "_plan", "_run", "_skipped", "_table", "_texts")
@@ -160,8 +161,8 @@ class _PieceStream:
 class _WindowStream:
     """Any decoder: decodes the last tokens with and without the new ones, and takes the difference.
 
-    Right when a token's text depends on a few tokens before it only. A text that ends in U+FFFD may be half a character: it is
-    held for up to 8 tokens.
+    Right when a token's text depends on a few tokens before it only. A text that ends in U+FFFD may be half a
+    character: it is held for up to 8 tokens.
     """
 
     __slots__ = ("_held", "_ids", "_skip", "_tokenizer")
@@ -198,8 +199,9 @@ class _WindowStream:
 class OutputText:
     """A sequence's text, ended by a stop string.
 
-    The stop string that is complete first in the text wins; of several that end at the same character, the longest. It is cut
-    from the text, with all that follows, unless `include_stop`. Text that may still become a stop string is held back, no more.
+    The stop string that is complete first in the text wins; of several that end at the same character, the longest. It
+    is cut from the text, with all that follows, unless `include_stop`. Text that may still become a stop string is held
+    back, no more.
 
     With `allow_stop=False`, stop strings that these tokens complete are text. One that they only begin counts when
     a later push completes it.
@@ -215,7 +217,9 @@ class OutputText:
         self.stop_string: str | None = None
 
     def push(self, ids: Sequence[int], allow_stop: bool = True) -> tuple[str, str | None]:
-        """Text that is final with these tokens, and the stop string that ended it, if one did. Nothing follows a stop."""
+        """Text that is final with these tokens, and the stop string that ended it, if one did. Nothing follows a
+        stop.
+        """
         if self.stop_string is not None:
             return "", self.stop_string
         text = self._detokenizer.push(ids)

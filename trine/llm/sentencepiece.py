@@ -1,8 +1,8 @@
 """SentencePiece models (`tokenizer.model`) as `tokenizers` objects, without the SentencePiece or protobuf packages.
 
-Reads the few fields of sentencepiece_model.proto (github.com/google/sentencepiece) that describe BPE and Unigram models. Such a file
-holds pieces with scores; the merges of BPE are found again from them: a piece can come from any split into two pieces,
-and the pair whose piece has the highest score merges first (Kudo and Richardson 2018).
+Reads the few fields of sentencepiece_model.proto (github.com/google/sentencepiece) that describe BPE and Unigram
+models. Such a file holds pieces with scores; the merges of BPE are found again from them: a piece can come from any
+split into two pieces, and the pair whose piece has the highest score merges first (Kudo and Richardson 2018).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 SPACE = "▁"
@@ -85,18 +85,10 @@ class SentencePieceModel:
         index = self.special_ids[role]
         return self.pieces[index][0] if 0 <= index < len(self.pieces) else None
 
-    def to_backend(self, space_after_special: bool) -> Backend:
-        """The tokenizer. `space_after_special`: also texts after a special token get a space in front."""
+    def to_backend(self) -> Backend:
+        """The tokenizer. Texts after a special token are prepared like texts at the start."""
         backend = Backend(self._unigram() if self.is_unigram else self._bpe())
-        steps: list[normalizers.Normalizer] = (
-            [normalizers.Precompiled(self.character_map)] if self.character_map else []
-        )
-        if self.join_spaces:
-            steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-        if steps:
-            backend.normalizer = normalizers.Sequence(steps)
-        scheme = "never" if not self.add_space_in_front else "always" if space_after_special else "first"
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+        backend.normalizer = normalizers.Sequence(self._normalizers())
         chain: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence(chain + [decoders.Strip(" ", 1, 0)] * self.add_space_in_front)
         for text, _, kind in self.pieces:
@@ -105,6 +97,18 @@ class SentencePieceModel:
             elif kind == PieceType.USER_DEFINED:
                 backend.add_tokens([AddedToken(text, normalized=False)])
         return backend
+
+    def _normalizers(self) -> list[normalizers.Normalizer]:
+        steps: list[normalizers.Normalizer] = (
+            [normalizers.Precompiled(self.character_map)] if self.character_map else []
+        )
+        if self.join_spaces:
+            steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+            if not any(kind == PieceType.USER_DEFINED for *_, kind in self.pieces):
+                steps.append(normalizers.Strip())  # would strip around user-defined pieces too
+        if self.add_space_in_front:
+            steps.append(normalizers.Prepend(SPACE))
+        return [*steps, normalizers.Replace(" ", SPACE)]
 
     def _unigram(self) -> models.Model:
         vocab = [(text, score) for text, score, _ in self.pieces]

@@ -1,7 +1,7 @@
 """What each token of a vocabulary adds to the text, as bytes and as a string, by token id.
 
-Decoders of the `tokenizers` library are recognised by their serialised form. For the common ones the text of a sequence is the
-concatenation of a table's entries, up to rules at the start of the text and for bytes; `plan_for` says which. A
+Decoders of the `tokenizers` library are recognised by their serialised form. For the common ones the text of a sequence
+is the concatenation of a table's entries, up to rules at the start of the text and for bytes; `plan_for` says which. A
 recognised plan is checked against the library on sequences of the vocabulary itself, and dropped when they differ.
 """
 
@@ -81,7 +81,9 @@ def _undo_tokenization_spaces(text: str) -> str:
 
 
 def _pieces_plan(steps: list[dict[str, Any]]) -> Plan | None:
-    """SentencePiece's decoders: replacements, byte fallback, ▁ for a space, and a stripped leading space, in this order."""
+    """SentencePiece's decoders: replacements, byte fallback, ▁ for a space, and a stripped leading space, in this
+    order.
+    """
     replacements: list[tuple[str, str]] = []
     byte_fallback = strip = dropped_at_start = False
     stage = 0
@@ -128,7 +130,8 @@ def _replace_all(replacements: Sequence[tuple[str, str]], token: str) -> str:
 @functools.cache
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's map from printable characters to bytes (Radford et al. 2019): the byte's own character where that is
-    printable in Latin-1, else the next free code point from 256 on."""
+    printable in Latin-1, else the next free code point from 256 on.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -137,7 +140,7 @@ def byte_alphabet() -> dict[str, int]:
 @functools.cache
 def _latin1_translation() -> dict[int, int]:
     """For str.translate: alphabet → Latin-1 character of the byte; Latin-1 characters outside of it → not encodable."""
-    table = {code: 0xFFFF for code in range(256)}
+    table = dict.fromkeys(range(256), 65535)
     table.update({ord(char): byte for char, byte in byte_alphabet().items()})
     return table
 
@@ -161,9 +164,9 @@ def _fallback_byte(token: str) -> int | None:
 class TokenTable:
     """The table of one tokenizer.
 
-    `texts[id]`: the token's text after others; None when it is not whole characters (bytes of one). `data[id]`: its bytes.
-    Ids that the vocabulary lacks are "" and b"". `plan` is None when the decoder is not a matter of tables: `texts` and
-    `data` are then approximate, for display only.
+    `texts[id]`: the token's text after others; None when it is not whole characters (bytes of one). `data[id]`: its
+    bytes. Ids that the vocabulary lacks are "" and b"". `plan` is None when the decoder is not a matter of tables:
+    `texts` and `data` are then approximate, for display only.
     """
 
     def __init__(self, backend: Backend, special_ids: Collection[int]) -> None:
@@ -241,7 +244,9 @@ class TokenTable:
 
 
 def decode_run(run: bytes) -> str:
-    """The text of adjacent byte-fallback tokens: UTF-8 if all of it is, else one U+FFFD a byte (as `tokenizers` does)."""
+    """The text of adjacent byte-fallback tokens: UTF-8 if all of it is, else one U+FFFD a byte (as `tokenizers`
+    does).
+    """
     try:
         return run.decode()
     except UnicodeDecodeError:

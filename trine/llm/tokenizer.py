@@ -22,8 +22,8 @@ from trine.llm.tokenizer_files import TokenizerFiles
 class Tokenizer:
     """Encodes and decodes; all methods may be called from several threads at once.
 
-    hf: the `tokenizers.Tokenizer` (not to be changed any more). special_tokens: text by role (`bos_token`, `eos_token`, …), as
-    chat templates see them. eos_token_ids: every token that ends a sequence, the main one first.
+    hf: the `tokenizers.Tokenizer` (not to be changed any more). special_tokens: text by role (`bos_token`, `eos_token`,
+    …), as chat templates see them. eos_token_ids: every token that ends a sequence, the main one first.
     """
 
     def __init__(
@@ -73,8 +73,10 @@ class Tokenizer:
         return self._table
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. `add_special_tokens` adds what the model wants around a text (a BOS token, often); pass False for the text of
-        a chat template, which holds them already. Special tokens spelled out in the text become their ids."""
+        """Token ids. `add_special_tokens` adds what the model wants around a text (a BOS token, often); pass False for
+        the text of a chat template, which holds them already. Special tokens spelled out in the text become their
+        ids.
+        """
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -89,7 +91,9 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; invalid UTF-8 is U+FFFD. Ids outside of the vocabulary (padding rows of a model) are nothing."""
+        """Text of token ids; invalid UTF-8 is U+FFFD. Ids outside of the vocabulary (padding rows of a model) are
+        nothing.
+        """
         return self.hf.decode(ids if isinstance(ids, list) else list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -137,6 +141,6 @@ def check_text(text: object) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise RequestError(
-            f"text has a lone surrogate U+{code:04X} at character {error.start}, which is no Unicode text: remove it, or "
-            "send the character as a whole surrogate pair"
+            f"text has a lone surrogate U+{code:04X} at character {error.start}, which is no Unicode text: remove it, "
+            "or send the character as a whole surrogate pair"
         ) from error

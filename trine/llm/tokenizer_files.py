@@ -1,9 +1,9 @@
 """What a checkpoint's files say about its tokenizer.
 
-`tokenizer.json` holds the tokenizer proper; `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
-`config.json` and `chat_template.*` hold the rest, with overlaps that grew over the years. Checkpoints without a
-`tokenizer.json` are converted: GPT-2's `vocab.json` + `merges.txt` and SentencePiece's `tokenizer.model` here, others by Transformers
-when it is installed.
+`tokenizer.json` holds the tokenizer proper; `tokenizer_config.json`, `special_tokens_map.json`,
+`generation_config.json`, `config.json` and `chat_template.*` hold the rest, with overlaps that grew over the years.
+Checkpoints without a `tokenizer.json` are converted: GPT-2's `vocab.json` + `merges.txt` and SentencePiece's
+`tokenizer.model` here, others by Transformers when it is installed.
 """
 
 from __future__ import annotations
@@ -123,12 +123,12 @@ class TokenizerFiles:
                 self.special_tokens.setdefault(f"{role}_token", token)
         if str(self.config.get("tokenizer_class", "Llama")).startswith("Llama"):
             self.config.setdefault("add_bos_token", True)
-        return model.to_backend(space_after_special=bool(self.config.get("legacy", False)))
+        return model.to_backend()
 
     def _convert(self, source: str) -> Backend:
         path = self.directory / source
         remedy = (
-            'convert it once with `pip install transformers sentencepiece protobuf tiktoken` and `python -c "from transformers import '
+            "convert it once with `pip install transformers tiktoken` and `python -c \"from transformers import "
             f"AutoTokenizer as T; T.from_pretrained('{self.directory}').save_pretrained('{self.directory}')\"`"
         )
         try:
@@ -176,8 +176,8 @@ class TokenizerFiles:
         if self.backend.token_to_id(token.content) != index:
             raise ModelLoadError(
                 f"{self.directory / 'tokenizer_config.json'}: added_tokens_decoder gives {token.content!r} id {index}, "
-                f"but it is {self.backend.token_to_id(token.content)} by tokenizer.json. The two files belong to different "
-                "checkpoints: download both again"
+                f"but it is {self.backend.token_to_id(token.content)} by tokenizer.json. The two files belong to "
+                "different checkpoints: download both again"
             )
 
     def _set_bos_and_eos(self) -> None:

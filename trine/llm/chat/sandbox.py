@@ -1,9 +1,10 @@
 """Jinja for chat templates, which are code by strangers: sandboxed, and bounded in time and size.
 
-The environment gives templates what Hugging Face's `apply_chat_template` gives them (block trimming, `break` and `continue`,
-`raise_exception`, `strftime_now`, an unescaped `tojson`, `{% generation %}`). Jinja's own sandbox keeps a template from Python's internals
-but bounds nothing except `range`; here loops and calls watch a deadline, and whatever can make a large value from small ones
-(`*`, `+`, `~`, `%`, filters, calls) is checked, so that a template can't stop a server.
+The environment gives templates what Hugging Face's `apply_chat_template` gives them (block trimming, `break` and
+`continue`, `raise_exception`, `strftime_now`, an unescaped `tojson`, `{% generation %}`). Jinja's own sandbox keeps a
+template from Python's internals but bounds nothing except `range`; here loops and calls watch a deadline, and whatever
+can make a large value from small ones (`*`, `+`, `~`, `%`, filters, calls) is checked, so that a template can't stop a
+server.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_SECONDS = 5.0
@@ -127,7 +129,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 if isinstance(value, sequences) and isinstance(count, int):
                     _check_size(len(value) * count)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _check_size(left.bit_length() * right)
+            _check_size(left.bit_length() * right * 256)  # large numbers cost more than long texts
         elif operator == "+" and isinstance(left, sequences) and isinstance(right, sequences):
             _check_size(len(left) + len(right))
         elif operator == "%" and isinstance(left, str):
@@ -155,7 +157,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     return bounded
 
 
-def _filter(node: nodes.Expr | None, name: str, line: int) -> nodes.Filter:
+def _filter(node: Any, name: str, line: int) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=line)
 
 

@@ -31,7 +31,9 @@ class ChatTemplates:
         return bool(self.sources)
 
     def source(self, chat_template: str | None = None, with_tools: bool = False) -> str:
-        """The Jinja source to use: `chat_template` is a name here or itself a source. Raises RequestError without one."""
+        """The Jinja source to use: `chat_template` is a name here or itself a source. Raises RequestError without
+        one.
+        """
         if chat_template is not None:
             return self.sources.get(chat_template, chat_template)
         for name in ("tool_use", "default") if with_tools else ("default",):
@@ -59,12 +61,15 @@ class ChatTemplates:
         chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt. `continue_final_message` among the variables leaves the last message open for the model to go on."""
+        """The prompt. `continue_final_message` among the variables leaves the last message open for the model to go
+        on.
+        """
         given = dict(variables or {})
         continued = bool(given.pop("continue_final_message", False))
         if continued and add_generation_prompt:
             raise RequestError(
-                "continue_final_message needs add_generation_prompt=false: either the last message goes on or a new one begins",
+                "continue_final_message needs add_generation_prompt=false: either the last message goes on, or a new "
+                "one begins",
                 param="continue_final_message",
             )
         source = self.source(chat_template, bool(tools))
@@ -109,8 +114,8 @@ def _environment() -> BoundedEnvironment:
 def prepare_messages(messages: list[Message], source: str) -> list[Message]:
     """Messages in the form in which templates expect them; the argument is left alone.
 
-    Text parts become one string unless the template reads parts; arguments of earlier tool calls become objects; keys with a null,
-    except for content, are dropped; a `developer` is `system` to templates that do not know the role.
+    Text parts become one string unless the template reads parts; arguments of earlier tool calls become objects; keys
+    with a null, except for content, are dropped; a `developer` is `system` to templates that do not know the role.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages must be a list with at least one message", param="messages")
@@ -187,7 +192,9 @@ def _short_id(identifier: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def content_format(source: str) -> str:
-    """What `content` may be to a template: "string" (only), "parts" (only a list of them) or "both". Found by trying it."""
+    """What `content` may be to a template: "string" (only), "parts" (only a list of them) or "both". Found by trying
+    it.
+    """
 
     def shows(content: Any) -> bool:
         try:
