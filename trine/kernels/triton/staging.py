@@ -20,6 +20,7 @@ def _stage_kernel(
     """Program r fills row r: from row r of the sources, or past their end with one token in block 0."""
     row = tl.program_id(0).to(tl.int64)
     used = tl.program_id(0) < num_rows
+    source_width = tl.where(used, width, 0)
     tl.store(to_token_ids_ptr + row, tl.load(token_ids_ptr + row, mask=used, other=0))
     tl.store(to_positions_ptr + row, tl.load(positions_ptr + row, mask=used, other=0))
     tl.store(to_slots_ptr + row, tl.load(slots_ptr + row, mask=used, other=0))
@@ -27,7 +28,7 @@ def _stage_kernel(
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
         inside = columns < width
-        blocks = tl.load(table_ptr + row * source_stride + columns, mask=inside & used, other=0)
+        blocks = tl.load(table_ptr + row * source_stride + columns, mask=columns < source_width, other=0)
         tl.store(to_table_ptr + row * target_stride + columns, blocks, mask=inside)
 
 
