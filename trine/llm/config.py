@@ -168,16 +168,28 @@ def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch
 
 
 def read_json(path: Path) -> Json | None:
-    """A JSON object from a file; None when there is no such file. Raises ModelLoadError when it is not JSON."""
+    """A JSON object from a file; None when there is no such file. Raises ModelLoadError when it is not one."""
+    value = _read(path)
+    if value is not None and not isinstance(value, dict):
+        raise ModelLoadError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_json_list(path: Path) -> list[Json] | None:
+    """A JSON array of objects from a file; None when there is no such file. Raises ModelLoadError otherwise."""
+    value = _read(path)
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+        raise ModelLoadError(f"{path} holds something else than a JSON array of objects")
+    return value
+
+
+def _read(path: Path) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
 
 
 class _Facts:

@@ -27,6 +27,7 @@ class PagedModel:
         dtype: torch.dtype = torch.float32,
         quantization: str | None = None,
         max_model_len: int | None = None,
+        load_format: str = "auto",
     ) -> None:
         self.model: CausalLM
         self.model, self.config = load_model(
@@ -35,6 +36,7 @@ class PagedModel:
             device=torch.device("cpu"),
             quantization=quantization,
             max_model_len=max_model_len,
+            load_format=load_format,
         )
         caches = []
         for spec in self.model.cache_specs():

@@ -1,4 +1,4 @@
-"""Logits and greedy tokens equal those of Transformers, for every family and every option that changes the arithmetic."""
+"""Logits and greedy tokens equal those of Transformers: every family, every option that changes the arithmetic."""
 
 from __future__ import annotations
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from trine.core.errors import ModelLoadError
 from trine.llm.models.base import CausalLM
+
+if TYPE_CHECKING:
+    from trine.llm.models.bert import BertModel
 
 DECODERS = {
     "GPT2LMHeadModel": "gpt2",
@@ -18,6 +21,7 @@ DECODERS = {
 """Architecture name, which is also the class's, to module."""
 
 ENCODERS = {"BertModel": "bert"}
+"""The same for models that compute embeddings."""
 
 
 def decoder_class(architecture: str) -> type[CausalLM]:
@@ -34,3 +38,14 @@ def decoder_class(architecture: str) -> type[CausalLM]:
         )
     module = import_module(f"trine.llm.models.{DECODERS[architecture]}")
     return cast(type[CausalLM], getattr(module, architecture))
+
+
+def encoder_class(architecture: str) -> type[BertModel]:
+    """The class that computes embeddings with an architecture. Raises ModelLoadError naming the supported ones."""
+    if architecture not in ENCODERS:
+        raise ModelLoadError(
+            f"architecture {architecture!r} (architectures in config.json) is not supported for embeddings; "
+            f"supported: {', '.join(sorted(ENCODERS))}"
+        )
+    module = import_module(f"trine.llm.models.{ENCODERS[architecture]}")
+    return cast("type[BertModel]", getattr(module, architecture))
