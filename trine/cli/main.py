@@ -81,15 +81,19 @@ def dispatch(arguments: list[str]) -> int:
 
 def build_parser() -> Parser:
     listing = "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items())
-    parser = Parser(prog="trine", description=f"{DESCRIPTION}\n\ncommands:\n{listing}", epilog=EXAMPLES)
-    parser.usage = "trine COMMAND [options]"
+    description = f"{DESCRIPTION}\n\ncommands:\n{listing}"
+    parser = Parser("trine", description=description, epilog=EXAMPLES, usage="trine COMMAND [options]")
     parser.add_argument("--version", action="version", version=f"trine {trine.__version__}")
     return parser
 
 
 def build_subparser(name: str, module: ModuleType) -> Parser:
-    parser = Parser(prog=f"trine {name}", description=module.DESCRIPTION, epilog=module.EXAMPLES)
-    parser.usage = f"trine {name} {module.USAGE}"
+    parser = Parser(
+        f"trine {name}",
+        description=module.DESCRIPTION,
+        epilog=module.EXAMPLES,
+        usage=f"trine {name} {module.USAGE}",
+    )
     module.add_arguments(parser)
     return parser
 

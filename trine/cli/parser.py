@@ -25,9 +25,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse with examples kept as written, no abbreviated flags, and suggestions for misspelt ones."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, prog: str, *, description: str, epilog: str, usage: str) -> None:
+        super().__init__(
+            prog, usage, description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         """One line on standard error, exit code 2."""
