@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         if finding.remedy:
             print(f"        {'':<14} {styled('->', 'bold')} {finding.remedy}")
     warnings = sum(finding.severity == "warning" for finding in findings)
-    verdict = f"{len(problems)} problems" if problems else "no problems"
-    print(f"{verdict}, {warnings} warnings")
+    print(f"{count(len(problems), 'problem')}, {count(warnings, 'warning')}")
     return 1 if problems else 0
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"

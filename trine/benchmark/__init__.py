@@ -1,0 +1,1 @@
+"""Load on an engine in this process or on a server by its URL, and what came of it. `trine bench` is its command."""
