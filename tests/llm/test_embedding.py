@@ -16,7 +16,7 @@ import transformers
 from trine.core.errors import ModelLoadError, RequestError
 from trine.llm.embedding import EmbeddingModel
 
-WORDS = (
+WORDS = (  # noqa: SIM905  (a list of them would be unreadable)
     "the a quick brown fox jumps over lazy dog while Trine's engine serves models naïve café 東京 résumé 12,345 "
     "antidisestablishmentarianism runs! 😀 http://x.y/z?q=1 (parenthesis) UPPER don't co-operate \t tab"
 ).split(" ")

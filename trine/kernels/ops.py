@@ -8,6 +8,8 @@ environment takes the reference everywhere.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -18,28 +20,40 @@ import torch
 from trine.kernels import reference
 from trine.kernels.types import Backend, PackedWeight, PagedBatch, Weight
 
+_reference_only = os.environ.get("TRINE_KERNELS", "") == "reference"
 
-@cache
-def _forced() -> bool:
-    return os.environ.get("TRINE_KERNELS", "") == "reference"
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """For tests: everything that is packed and computed within runs on the reference kernels."""
+    before = _reference_only
+    _set_reference_only(True)
+    try:
+        yield
+    finally:
+        _set_reference_only(before)
+
+
+def _set_reference_only(value: bool) -> None:
+    global _reference_only
+    _reference_only = value
+    _native.cache_clear()
+    backend.cache_clear()
 
 
 @cache
 def _native() -> ModuleType | None:
     """The CPU library, or None when it is not there (not built, or another kind of processor)."""
-    if _forced():
+    if _reference_only:
         return None
-    try:
-        native = import_module("trine.kernels.cpu")
-    except ModuleNotFoundError:
-        return None
+    native = import_module("trine.kernels.cpu")
     return native if native.available() else None
 
 
 @cache
 def backend(device_type: str, dtype: torch.dtype) -> Backend:
     """The module whose functions run on tensors of this kind."""
-    if device_type == "cuda" and not _forced():
+    if device_type == "cuda" and not _reference_only:
         return cast(Backend, import_module("trine.kernels.triton"))
     native = _native() if device_type == "cpu" else None
     if native is not None and native.supports(dtype):
@@ -94,9 +108,11 @@ def _owner(weight: Weight) -> ModuleType:
     return native
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype."""
-    return cast(torch.Tensor, _owner(weight).linear(x, weight, bias))
+def linear(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
+    return cast(torch.Tensor, _owner(weight).linear(x, weight, bias, out_dtype))
 
 
 def linear_silu_mul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

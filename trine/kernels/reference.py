@@ -57,11 +57,15 @@ def _as_int8(weight: PackedWeight) -> Int8Weight:
     return weight
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N]."""
+def linear(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
     if isinstance(weight, torch.Tensor):
-        return F.linear(x, weight, bias)
-    return F.linear(x.float(), _as_int8(weight).dequantize(), None if bias is None else bias.float()).to(x.dtype)
+        y = F.linear(x, weight, bias)
+    else:
+        y = F.linear(x.float(), _as_int8(weight).dequantize(), None if bias is None else bias.float())
+    return y.to(out_dtype or x.dtype)
 
 
 def linear_silu_mul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from tests.llm.models.checkpoints import CASES, LONGROPE, VOCAB, Case, build, rope
 from tests.llm.models.harness import PagedModel
+from trine.kernels import ops
 
 TOLERANCE = 1e-4
 
@@ -40,6 +41,16 @@ def test_logits_and_tokens_equal_transformers(case: Case, tmp_path: Path) -> Non
 
     prompt = sequences[0][:37]
     assert greedy(ours, prompt, 64) == transformers_greedy(theirs, prompt, 64)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"])
+def test_the_reference_kernels_equal_transformers(family: str, tmp_path: Path) -> None:
+    """The other tests run on the native library where it is built."""
+    theirs = build(next(case for case in CASES if case.family == family), tmp_path)
+    sequences = prompts([70, 1, 33])
+    with ops.reference_only(), torch.no_grad():
+        for logits, ids in zip(chunked(PagedModel(tmp_path), sequences, seed=2), sequences, strict=True):
+            assert relative_error(logits, theirs(torch.tensor([ids])).logits[0]) <= TOLERANCE
 
 
 def chunked(model: PagedModel, sequences: list[list[int]], seed: int) -> list[torch.Tensor]:

@@ -55,7 +55,7 @@ class TiedEmbedding(Embedding):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, size] to [S, num_rows] float32."""
-        return self.method.apply(hidden, self.weight, None).float()
+        return self.method.apply(hidden, self.weight, None, torch.float32)
 
 
 class OutputProjection(Linear):
@@ -63,4 +63,4 @@ class OutputProjection(Linear):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, K] to [S, V] float32."""
-        return self(hidden).float()
+        return self.method.apply(hidden, self.weight, self.bias, torch.float32)

@@ -20,9 +20,11 @@ class LinearMethod:
         """The form of `weight` [N, K] that `apply` reads. The caller drops the original."""
         return ops.pack_weight(weight)
 
-    def apply(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        """[T, K] to [T, N]."""
-        return ops.linear(x, weight, bias)
+    def apply(
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """[T, K] to [T, N], of x's dtype or `out_dtype`."""
+        return ops.linear(x, weight, bias, out_dtype)
 
     def apply_silu_mul(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, K] to [T, N / 2]: the product's first half, through SiLU, times its second."""
