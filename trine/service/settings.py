@@ -15,8 +15,8 @@ class ServiceSettings:
     engine's own. embedding_model: directory or hub name of a BERT-type encoder for /v1/embeddings. api_keys: keys that
     the inference endpoints ask for; none means open. cors_origins: origins that browsers may call from ("*" for any).
     max_body_bytes: largest request body. drain_timeout: seconds that running requests get to finish after SIGTERM.
-    tool_parser, reasoning_parser: a parser's name, "auto" (by the chat template) or "none". chat_template: Jinja text in
-    place of the checkpoint's own. access_log: a line a request.
+    tool_parser, reasoning_parser: a parser's name, "auto" (by the chat template) or "none". chat_template: Jinja text
+    in place of the checkpoint's own. access_log: a line a request.
     """
 
     host: str = "127.0.0.1"

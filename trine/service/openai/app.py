@@ -163,13 +163,16 @@ class Application:
         status = request.failure.status if request.failure is not None else request.status
         path = endpoint.path if endpoint is not None else "other"
         service.metrics.http.labels(service.model_name or "", path, str(status)).inc()
-        if not service.settings.access_log or not logger.isEnabledFor(logging.INFO):
+        # Probes and scrapes come every few seconds: they are worth a line only when looking closely.
+        level = logging.DEBUG if endpoint is not None and endpoint.tag == "Management" else logging.INFO
+        if not service.settings.access_log or not logger.isEnabledFor(level):
             return
         notes = dict(request.notes)
         if request.failure is not None:
             notes["error"] = request.failure.message
         seconds = time.monotonic() - request.arrival
-        logger.info(
+        logger.log(
+            level,
             "%s %s %d in %.3f s",
             request.method,
             request.path,

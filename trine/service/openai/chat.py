@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import UNSET
 
 from trine.core.errors import RequestError, TrineError
+from trine.llm.chat.events import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
 from trine.llm.outputs import CompletionOutput, Delta
 from trine.service.asgi import Request, Response
 from trine.service.openai.decoding import RequestDecoder
 from trine.service.openai.generation import Generation
 from trine.service.openai.logprobs import chat_logprobs
-from trine.service.openai.parsing import OutputParser, Piece, choose_tools, output_parser
+from trine.service.openai.parsing import OutputFormat, OutputParser, output_format
 from trine.service.openai.prompts import encode, truncate
 from trine.service.openai.rendering import render
 from trine.service.openai.sampling import (
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from trine.llm.sampling.params import SamplingParams
     from trine.llm.tokenizer import Tokenizer
     from trine.service.openai.context import Service
-    from trine.service.openai.parsing import ToolUse
 
 _decoder = RequestDecoder(ChatRequest)
 
@@ -62,7 +61,7 @@ class Job:
     params: SamplingParams
     prompt: str
     token_ids: list[int]
-    tool_use: ToolUse | None
+    format: OutputFormat
     with_usage: bool
     generation: Generation
 
@@ -76,7 +75,7 @@ class Job:
 
     def parser(self) -> OutputParser | None:
         """A fresh parser for one choice; None when the text is the content as it stands."""
-        return output_parser(self.service, self.tokenizer, self.prompt, self.tool_use)
+        return self.format.parser(self.prompt)
 
     def logprobs(self, token_ids: list[int], output: CompletionOutput | Delta) -> ChoiceLogprobs | None:
         """Of the tokens that are part of the text: not of the one that ended it."""
@@ -113,8 +112,9 @@ async def prepare(service: Service, request: Request, body: ChatRequest) -> Job:
         raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RequestError("give max_completion_tokens or max_tokens (its older name), not both", param="max_tokens")
-    tool_use = choose_tools(service, tokenizer, body)
     guided = guided_params(body, body.response_format)
+    format_ = output_format(service.settings, tokenizer, body, guided)
+    tool_use = format_.tool_use
     if tool_use is not None and tool_use.forced is not None:
         guided = tool_use.forced
     params = sampling_params(
@@ -123,6 +123,8 @@ async def prepare(service: Service, request: Request, body: ChatRequest) -> Job:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         guided=guided,
     )
+    if format_.needs_special_tokens:
+        params = params.replace(skip_special_tokens=False)
     tools = tool_use.shown if tool_use is not None else None
     prompt = await render(service, tokenizer, body, tools=tools)
     token_ids = await encode(tokenizer, prompt, add_special_tokens=False)
@@ -135,7 +137,7 @@ async def prepare(service: Service, request: Request, body: ChatRequest) -> Job:
         params=params,
         prompt=prompt,
         token_ids=truncate(token_ids, body.truncate_prompt_tokens, engine.max_model_len),
-        tool_use=tool_use,
+        format=format_,
         with_usage=check_stream_options(body),
         generation=Generation(service, request, params.num_sequences),
     )
@@ -176,17 +178,16 @@ def _choice(job: Job, output: CompletionOutput) -> ChatChoice:
     )
 
 
-def _parsed_message(pieces: list[Piece]) -> ResponseMessage:
-    """The pieces of one choice, put together as a client of the stream would."""
-    content = "".join(piece.content for piece in pieces)
-    reasoning = "".join(piece.reasoning for piece in pieces)
+def _parsed_message(events: list[Event]) -> ResponseMessage:
+    """The events of one choice, put together as a client of the stream would."""
+    content = "".join(event.text for event in events if isinstance(event, ContentDelta))
+    reasoning = "".join(event.text for event in events if isinstance(event, ReasoningDelta))
     calls: list[ResponseToolCall] = []
-    for piece in pieces:
-        for call in piece.tool_calls:
-            if call.index == len(calls):
-                function = ResponseFunctionCall(name=call.name or "", arguments="")
-                calls.append(ResponseToolCall(id=call.id or "", function=function))
-            calls[call.index].function.arguments += call.arguments
+    for event in events:
+        if isinstance(event, ToolCallStart):
+            calls.append(ResponseToolCall(id=event.id, function=ResponseFunctionCall(name=event.name, arguments="")))
+        elif isinstance(event, ToolCallArguments):
+            calls[event.index].function.arguments += event.text
     message = ResponseMessage(content=content if content or not calls else None)
     if reasoning:
         message.reasoning_content = reasoning
@@ -225,38 +226,32 @@ class ChoiceStream:
             out.append(self._chunks.delta(self._index, ChoiceDelta(), finish_reason=reason))
 
     def _push_parsed(self, delta: Delta, scores: ChoiceLogprobs | None, out: list[bytes]) -> None:
-        if self._parser is None:
-            pieces = [Piece(content=delta.text)]
-        else:
-            pieces = self._parser.push(delta.text) if delta.text else []
+        events: list[Event] = [ContentDelta(delta.text)] if self._parser is None and delta.text else []
+        if self._parser is not None:
+            events = self._parser.push(delta.text) if delta.text else []
             if delta.finish_reason is not None:
-                pieces += self._parser.finish()
-        for piece in pieces:
-            out.append(self._chunks.delta(self._index, self._wire_delta(piece), logprobs=scores))
+                events += self._parser.finish()
+        for event in events:
+            if type(event) is ContentDelta and scores is None:
+                out.append(self._chunks.content(self._index, event.text))
+                continue
+            out.append(self._chunks.delta(self._index, self._wire_delta(event), logprobs=scores))
             scores = None  # once
         if scores is not None and scores.content:
             out.append(self._chunks.delta(self._index, ChoiceDelta(content=""), logprobs=scores))
 
-    def _wire_delta(self, piece: Piece) -> ChoiceDelta:
-        wire = ChoiceDelta()
-        if piece.reasoning:
-            wire.reasoning_content = piece.reasoning
-        if piece.tool_calls:
-            self._called = True
-            wire.tool_calls = [
-                DeltaToolCall(
-                    index=call.index,
-                    id=call.id if call.id is not None else UNSET,
-                    type="function" if call.id is not None else UNSET,
-                    function=DeltaFunction(
-                        name=call.name if call.name is not None else UNSET, arguments=call.arguments
-                    ),
-                )
-                for call in piece.tool_calls
-            ]
-        if piece.content or (not piece.reasoning and not piece.tool_calls):
-            wire.content = piece.content
-        return wire
+    def _wire_delta(self, event: Event) -> ChoiceDelta:
+        match event:
+            case ContentDelta(text):
+                return ChoiceDelta(content=text)
+            case ReasoningDelta(text):
+                return ChoiceDelta(reasoning_content=text)
+            case ToolCallStart(index, id, name):
+                self._called = True
+                function = DeltaFunction(name=name, arguments="")
+                return ChoiceDelta(tool_calls=[DeltaToolCall(index=index, id=id, type="function", function=function)])
+            case ToolCallArguments(index, text):
+                return ChoiceDelta(tool_calls=[DeltaToolCall(index=index, function=DeltaFunction(arguments=text))])
 
 
 async def stream(job: Job) -> None:

@@ -13,6 +13,7 @@ from trine.core.errors import EngineDeadError, RequestError
 from trine.service.asgi import Headers
 from trine.service.openai.errors import UnavailableError, unknown_model
 from trine.service.openai.metrics import RequestMeter, ServiceMetrics
+from trine.service.openai.parsing import check_parser_names
 from trine.service.settings import ServiceSettings
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Service:
     ) -> None:
         self.engine = engine
         self.embedding = embedding
+        check_parser_names(settings)
         self.settings = settings
         self.metrics = ServiceMetrics()
         self.metrics.watch(self)

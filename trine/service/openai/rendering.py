@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trine.core.errors import RequestError
+from trine.service.openai.parsing import drop_nulls
 from trine.service.openai.prompts import LONG_TEXT
 from trine.service.openai.structs.chat import AssistantMessage, ChatRequest, Message, Tool, ToolCall
 
@@ -77,9 +78,3 @@ def plain_message(message: Message) -> dict[str, Any]:
         for key, value in plain.items()
         if value is not None and key not in ("parsed", "audio", "annotations")
     }
-
-
-def drop_nulls(tool: Tool) -> dict[str, Any]:
-    """A tool without the fields that the client left out: templates print what they are given."""
-    function = {key: value for key, value in msgspec.to_builtins(tool.function).items() if value is not None}
-    return {"type": "function", "function": function}

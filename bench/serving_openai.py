@@ -1,0 +1,205 @@
+"""What the HTTP service costs over the engine: streamed tokens/s with many clients against the engine alone, and the
+service's CPU time a streamed token.
+
+    python bench/serving_openai.py --model tiny --clients 32 --json result.json
+
+Three parts in one run, one after the other: the engine alone (`LLM.generate` on the same prompts, in a process of its own),
+then the service with its engine process, driven by a bare client in this process. CPU time is that of the service's
+process alone: neither the engine's nor the client's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+
+import psutil
+import uvloop
+
+SERVE = """
+import json, sys
+from trine.core.logging import configure
+from trine.service.server import serve
+from trine.service.settings import ServiceSettings
+model, port, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+configure("warning")
+sys.exit(serve(model, ServiceSettings(port=port, served_model_names=("bench",)), options))
+"""
+OFFLINE = """
+import json, sys, time
+from trine import LLM, SamplingParams
+model, options, workload = sys.argv[1], json.loads(sys.argv[2]), json.load(sys.stdin)
+llm = LLM(model, **options)
+prompts = [{"prompt_token_ids": ids} for ids in workload["prompts"]]
+params = SamplingParams(temperature=0, max_tokens=workload["max_tokens"], ignore_eos=True)
+llm.generate(prompts, params)
+rates = []
+for _ in range(workload["rounds"]):
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    rates.append(tokens / (time.perf_counter() - started))
+print(json.dumps(rates))
+"""
+TOKENS = re.compile(rb'"completion_tokens":(\d+)')
+
+
+@dataclass
+class Streamed:
+    """One client's stream. Times in seconds from the request."""
+
+    tokens: int
+    chunks: int
+    first: float
+    total: float
+
+
+class Client(asyncio.Protocol):
+    """Sends one request and counts events; as little work as a client can do."""
+
+    def __init__(self, request: bytes) -> None:
+        self.request = request
+        self.done: asyncio.Future[Streamed] = asyncio.get_running_loop().create_future()
+        self.tail = b""
+        self.chunks = 0
+        self.first = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.started = time.perf_counter()
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.chunks:
+            self.first = time.perf_counter() - self.started
+        self.chunks += data.count(b"data: ")
+        self.tail = (self.tail + data)[-1200:]
+        if b"data: [DONE]" in self.tail:
+            total = time.perf_counter() - self.started
+            found = TOKENS.search(self.tail)
+            self.done.set_result(Streamed(int(found[1]) if found else 0, self.chunks, self.first, total))
+            self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(RuntimeError(f"the connection ended early: {self.tail[-300:]!r}"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def http_request(body: dict[str, object]) -> bytes:
+    payload = json.dumps(body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(payload) + payload
+
+
+async def stream_all(port: int, prompts: list[list[int]], max_tokens: int) -> tuple[list[Streamed], float]:
+    loop = asyncio.get_running_loop()
+    started = time.perf_counter()
+    clients = []
+    for prompt in prompts:
+        body: dict[str, object] = {
+            "model": "bench",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        _, client = await loop.create_connection(lambda body=body: Client(http_request(body)), "127.0.0.1", port)
+        clients.append(client)
+    results = await asyncio.gather(*(client.done for client in clients))
+    return list(results), time.perf_counter() - started
+
+
+def wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/health/ready", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise SystemExit("the service ended before it was ready")
+
+
+def measure_service(args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, float]:
+    port = free_port()
+    command = [sys.executable, "-c", SERVE, args.model, str(port), args.engine_options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        wait_ready(port, process)
+        watched = psutil.Process(process.pid)
+        run = lambda: uvloop.run(stream_all(port, prompts, args.max_tokens))  # noqa: E731
+        run()
+        rates, costs, firsts, chunks = [], [], [], []
+        for _ in range(args.rounds):
+            before = watched.cpu_times()
+            results, seconds = run()
+            after = watched.cpu_times()
+            tokens = sum(result.tokens for result in results)
+            assert tokens == len(prompts) * args.max_tokens, tokens
+            rates.append(tokens / seconds)
+            costs.append((after.user + after.system - before.user - before.system) / tokens * 1e6)
+            firsts.append(sorted(result.first for result in results)[len(results) // 2])
+            chunks.append(sum(result.chunks for result in results) / tokens)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    return {
+        "tokens_per_second": median(rates),
+        "cpu_us_per_token": median(costs),
+        "time_to_first_token": median(firsts),
+        "events_per_token": median(chunks),
+    }
+
+
+def measure_offline(args: argparse.Namespace, prompts: list[list[int]]) -> float:
+    workload = json.dumps({"prompts": prompts, "max_tokens": args.max_tokens, "rounds": args.rounds})
+    command = [sys.executable, "-c", OFFLINE, args.model, args.engine_options]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, input=workload.encode()).stdout
+    return median(json.loads(output.splitlines()[-1]))
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--engine-options", default="{}", help="JSON, as LLM(...) takes them")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", help="write the figures here")
+    args = parser.parse_args()
+    prompts = [[3 + (7 * c + 13 * i) % 250 for i in range(args.prompt_tokens)] for c in range(args.clients)]
+    offline = measure_offline(args, prompts)
+    figures = {"offline_tokens_per_second": offline, **measure_service(args, prompts)}
+    figures["share_of_offline"] = figures["tokens_per_second"] / offline
+    for name, value in figures.items():
+        print(f"{name:>28} {value:12.3f}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"arguments": vars(args), **figures}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
