@@ -1,0 +1,363 @@
+"""Everything about the GPU path in one call: right against the reference, fast against the card, the engine on top.
+
+    python bench/gpu_check.py [--only kernels,timing,tuning,engine,speed,profile] [--json FILE]
+
+kernels  every kernel against trine.kernels.reference on random shapes
+timing   each kernel's time, as a share of what a copy (or a matrix product) reaches on this card in the same run
+tuning   the free choices of the attention kernels, timed
+engine   small random checkpoints: greedy tokens equal to Transformers' in float32, graphs on and off
+speed    tokens a second with random weights of real shapes (speed depends on shapes only)
+profile  where the time of a decode step goes
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gpu_engine
+import torch
+from gpu_report import Report
+
+from trine.kernels import reference
+from trine.kernels import triton as kernels
+from trine.kernels.triton.decode_attention import DecodeTuning, decode_attention
+from trine.kernels.triton.prefill_attention import PrefillTuning, prefill_attention
+from trine.llm.batch import Batch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of ‖out − ref‖ / ‖ref‖
+Check = tuple[str, float, float]  # name, error, largest error allowed
+
+
+# ---------------------------------------------------------------- batches
+
+
+def random_batch(seq_lens: list[int], query_lens: list[int], block_size: int, num_blocks: int, seed: int = 0) -> Batch:
+    """Sequences over random blocks from 1 on, each block used once; single tokens must come first."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-length // block_size) for length in seq_lens]
+    order = 1 + torch.randperm(num_blocks - 1, generator=generator)[: sum(counts)]
+    table = torch.zeros((len(seq_lens), max(counts)), dtype=torch.int64)
+    for row, blocks in enumerate(order.split(counts)):
+        table[row, : len(blocks)] = blocks
+    entries = torch.repeat_interleave(torch.arange(len(seq_lens)), torch.tensor(query_lens))
+    positions = torch.cat([torch.arange(s - n, s) for s, n in zip(seq_lens, query_lens, strict=True)])
+    slots = table[entries, positions // block_size] * block_size + positions % block_size
+    return Batch(
+        positions=positions.to(DEVICE),
+        slots=slots.to(DEVICE),
+        query_start=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32).to(DEVICE),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
+        block_table=table.to(torch.int32).to(DEVICE),
+        num_decodes=sum(n == 1 for n in query_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+    )
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+
+def caches(num_blocks: int, heads: int, block_size: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [randn(num_blocks, heads, block_size, size, dtype=dtype) for _ in range(2)]
+
+
+# ---------------------------------------------------------------- kernels against the reference
+
+
+def compare(name: str, actual: torch.Tensor, expected: torch.Tensor) -> Check:
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return f"{name} {str(expected.dtype).removeprefix('torch.')}", error, TOLERANCE[expected.dtype]
+
+
+def check_round(seed: int) -> list[Check]:
+    """Every kernel once, on shapes and values that follow from `seed`."""
+    chooser = random.Random(seed)
+    torch.manual_seed(seed)
+    halves = [torch.bfloat16, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float16]
+    dtype = chooser.choice([*halves, torch.float32])
+    return [*check_elementwise(chooser, dtype), *check_attention(chooser, dtype, decode_only=seed % 2 == 0)]
+
+
+def check_kernels(report: Report, rounds: int, seed: int) -> None:
+    """Rounds side by side in processes: most of their time is the compiler's."""
+    processes = min(rounds, max(1, (os.cpu_count() or 2) - 4))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        checks = [check for found in pool.imap_unordered(check_round, range(seed, seed + rounds)) for check in found]
+    for name in sorted({name for name, _, _ in checks}):
+        errors = [error for own, error, _ in checks if own == name]
+        worst = next((e for e in errors if not math.isfinite(e)), max(errors))
+        report.show("kernels", name, checks=len(errors), worst=worst)
+    for name, error, allowed in checks:
+        if not error <= allowed:
+            report.fail(f"{name}: error {error:.2e}")
+
+
+def check_elementwise(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
+    rows, size = chooser.choice([1, 3, 70]), chooser.choice([64, 896, 1000, 4096])
+    x, residual = randn(rows, size, dtype=dtype), randn(rows, size, dtype=dtype)
+    weight, bias = randn(size, dtype=dtype), randn(size, dtype=dtype)
+    yield compare("rms_norm", kernels.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    expected = reference.layer_norm(x, weight, bias, 1e-5)
+    yield compare("layer_norm", kernels.layer_norm(x, weight, bias, 1e-5), expected)
+    other = residual.clone()
+    expected = reference.add_rms_norm(x, other, weight, 1e-6)
+    yield compare("add_rms_norm", kernels.add_rms_norm(x, residual, weight, 1e-6), expected)
+    yield compare("add_rms_norm residual", residual, other)
+    yield compare("silu_mul", kernels.silu_mul(x), reference.silu_mul(x))
+    yield compare("gelu tanh", kernels.gelu(x, "tanh"), reference.gelu(x, "tanh"))
+    yield compare("gelu none", kernels.gelu(x, "none"), reference.gelu(x, "none"))
+
+
+def check_attention(chooser: random.Random, dtype: torch.dtype, decode_only: bool) -> Iterator[Check]:
+    size = chooser.choice([32, 64, 80, 96, 128, 128, 256])
+    num_kv_heads, group = chooser.choice([1, 2, 8]), chooser.choice([1, 3, 4, 7, 8])
+    block_size = chooser.choice([8, 16, 16, 32])
+    window = chooser.choice([None, None, 1, 100])
+    decodes = [chooser.choice([1, 17, 100, 900, 5000]) for _ in range(chooser.choice([1, 5, 40]))]
+    chunks = [] if decode_only else [(chooser.randint(2, 300), chooser.choice([0, 33, 700])) for _ in range(3)]
+    seq_lens = decodes + [new + before for new, before in chunks]
+    query_lens = [1] * len(decodes) + [new for new, _ in chunks]
+    num_blocks = sum(-(-length // block_size) for length in seq_lens) + 5
+    batch = random_batch(seq_lens, query_lens, block_size, num_blocks, chooser.randint(0, 1 << 30))
+    num_heads, num_tokens = num_kv_heads * group, sum(query_lens)
+    qkv = randn(num_tokens, (num_heads + 2 * num_kv_heads) * size, dtype=dtype)
+    cos_sin = torch.randn(max(seq_lens), chooser.choice([size, 32]), device=DEVICE) if chooser.random() < 0.8 else None
+    norms = [randn(size, dtype=dtype) if chooser.random() < 0.5 else None for _ in range(2)]
+    first = caches(num_blocks, num_kv_heads, block_size, size, dtype)
+    second = [cache.clone() for cache in first]
+    fixed = (num_heads, num_kv_heads, size, batch.positions, cos_sin, norms[0], norms[1], 1e-6)
+    expected = reference.prepare_qkv(qkv.clone(), *fixed, first[0], first[1], batch.slots)
+    actual = kernels.prepare_qkv(qkv, *fixed, second[0], second[1], batch.slots)
+    yield compare("prepare_qkv", actual, expected)
+    for ours, theirs in zip(second, first, strict=True):
+        yield compare("prepare_qkv cache", ours, theirs)
+    scale = size**-0.5
+    expected = reference.paged_attention(actual, second[0], second[1], batch, scale, window)
+    actual = kernels.paged_attention(actual, second[0], second[1], batch, scale, window)
+    yield compare(f"paged_attention {'decode' if decode_only else 'mixed'}", actual, expected)
+
+
+# ---------------------------------------------------------------- timing
+
+
+def seconds(launch: Callable[[int], object], copies: int = 1, repeats: int = 5) -> float:
+    """Median time of launch(i), i < copies, through a CUDA graph of at least 20 launches."""
+    launches = max(20 // copies, 1) * copies
+    for index in range(copies):
+        launch(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(launches):
+            launch(index % copies)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / launches / 1e3)
+    return sorted(times)[repeats // 2]
+
+
+def measure_limits(report: Report) -> tuple[float, float]:
+    """Copy bandwidth in bytes a second (read plus written) and bf16 matrix rate in operations a second."""
+    source = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / seconds(lambda _: target.copy_(source))
+    a, b = (randn(8192, 8192, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * 8192**3 / seconds(lambda _: a @ b)
+    report.show("timing", "limits", copy_TB_s=bandwidth / 1e12, matrix_TFLOP_s=rate / 1e12)
+    return bandwidth, rate
+
+
+def time_all(report: Report) -> None:
+    bandwidth, rate = measure_limits(report)
+    for rows in (1, 256, 8192):
+        time_elementwise(report, bandwidth, rows)
+    time_attention(report, bandwidth, rate)
+
+
+def time_elementwise(report: Report, bandwidth: float, rows: int) -> None:
+    hidden, inner, dtype = 4096, 14336, torch.bfloat16
+    weight = randn(hidden, dtype=dtype)
+    num_blocks, num_heads, num_kv_heads, size = 1024, 32, 8, 128
+    k_cache, v_cache = caches(num_blocks, num_kv_heads, 16, size, dtype)
+    cos_sin = torch.randn(16384, size, device=DEVICE)
+    x, residual = randn(rows, hidden, dtype=dtype), randn(rows, hidden, dtype=dtype)
+    gate_up = randn(rows, 2 * inner, dtype=dtype)
+    qkv = randn(rows, (num_heads + 2 * num_kv_heads) * size, dtype=dtype)
+    positions = torch.arange(rows, device=DEVICE)
+    for name, launch, moved in (
+        ("rms_norm", lambda _: kernels.rms_norm(x, weight, 1e-6), 2 * x.nbytes),
+        ("add_rms_norm", lambda _: kernels.add_rms_norm(x, residual, weight, 1e-6), 4 * x.nbytes),
+        ("silu_mul", lambda _: kernels.silu_mul(gate_up), gate_up.nbytes * 3 // 2),
+        (
+            "prepare_qkv",
+            lambda _: kernels.prepare_qkv(
+                qkv, num_heads, num_kv_heads, size, positions, cos_sin, None, None, 0.0, k_cache, v_cache, positions
+            ),
+            2 * qkv.nbytes,
+        ),
+    ):
+        elapsed = seconds(launch)
+        report.show("timing", f"{name} {rows} rows", us=elapsed * 1e6, share=moved / elapsed / bandwidth)
+
+
+class AttentionCase:
+    """Llama-3.1-8B's attention with a cache several times the card's own cache."""
+
+    num_heads, num_kv_heads, size, block_size = 32, 8, 128, 16
+
+    def __init__(self, seq_lens: list[int], query_lens: list[int]) -> None:
+        blocks = sum(-(-length // self.block_size) for length in seq_lens)
+        block_bytes = 2 * self.num_kv_heads * self.block_size * self.size * 2
+        self.copies = max(1, min(20, -(-(300 << 20) // (blocks * block_bytes))))
+        num_blocks = blocks * self.copies + 1
+        self.caches = caches(num_blocks, self.num_kv_heads, self.block_size, self.size, torch.bfloat16)
+        whole = random_batch(seq_lens * self.copies, [1] * len(seq_lens) * self.copies, self.block_size, num_blocks)
+        one = random_batch(seq_lens, query_lens, self.block_size, num_blocks)
+        tables = whole.block_table.split(len(seq_lens))
+        self.batches = [Batch(one.positions, one.slots, one.query_start, one.seq_lens, table, one.num_decodes,
+                              one.max_query_len, one.max_seq_len) for table in tables]  # fmt: skip
+        self.q = randn(sum(query_lens), self.num_heads, self.size, dtype=torch.bfloat16)
+        self.out = torch.empty(self.q.shape[0], self.num_heads * self.size, device=DEVICE, dtype=torch.bfloat16)
+        self.bytes = 2 * 2 * sum(seq_lens) * self.num_kv_heads * self.size + 2 * self.q.nbytes
+        seen = sum(n * (s - n) + n * (n + 1) // 2 for s, n in zip(seq_lens, query_lens, strict=True))
+        self.operations = 4 * seen * self.num_heads * self.size
+
+    def decode(self, tuning: DecodeTuning | None = None) -> float:
+        scale = self.size**-0.5
+        return seconds(
+            lambda i: decode_attention(self.q, *self.caches, self.batches[i], scale, None, self.out, tuning),
+            self.copies,
+        )
+
+    def prefill(self, tuning: PrefillTuning | None = None) -> float:
+        scale = self.size**-0.5
+        return seconds(
+            lambda i: prefill_attention(self.q, *self.caches, self.batches[i], scale, None, self.out, tuning),
+            self.copies,
+        )
+
+
+DECODE_CASES = {"1x384": [384], "1x8192": [8192], "1x131072": [131072], "16x384": [384] * 16, "256x384": [384] * 256,
+                "256x1024": [1024] * 256, "64x8192": [8192] * 64}  # fmt: skip
+PREFILL_CASES = {"1x512": [512], "8x1024": [1024] * 8, "2x4096": [4096] * 2, "1x32768": [32768]}
+
+
+def time_attention(report: Report, bandwidth: float, rate: float) -> None:
+    for name, seq_lens in DECODE_CASES.items():
+        case = AttentionCase(seq_lens, [1] * len(seq_lens))
+        elapsed = case.decode()
+        report.show("timing", f"decode attention {name}", us=elapsed * 1e6, share=case.bytes / elapsed / bandwidth)
+    for name, seq_lens in PREFILL_CASES.items():
+        case = AttentionCase(seq_lens, seq_lens)
+        elapsed = case.prefill()
+        achieved = case.operations / elapsed
+        report.show(
+            "timing", f"prefill attention {name}", us=elapsed * 1e6, TFLOP_s=achieved / 1e12, share=achieved / rate
+        )
+
+
+DECODE_TUNINGS = [
+    DecodeTuning(),
+    DecodeTuning(programs_per_sm=2),
+    DecodeTuning(programs_per_sm=6),
+    DecodeTuning(min_piece=128),
+    DecodeTuning(min_piece=256),
+    DecodeTuning(min_piece=128, kv_block=128),
+    DecodeTuning(kv_block=32),
+    DecodeTuning(kv_block=32, programs_per_sm=8),
+    DecodeTuning(num_stages=1),
+    DecodeTuning(num_stages=3, min_piece=128),
+    DecodeTuning(num_warps=2, programs_per_sm=8),
+    DecodeTuning(num_warps=8),
+]
+PREFILL_TUNINGS = [
+    PrefillTuning(rows, columns, warps, stages)
+    for rows, columns, warps, stages in (
+        (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2),
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (256, 64, 8, 2),
+    )
+]  # fmt: skip
+
+
+def precompile(index: int) -> None:
+    """Put one choice's kernels into the compiler's cache on disk, small inputs first."""
+    try:
+        if index < len(DECODE_TUNINGS):
+            for sequences in (1, 256):
+                case = AttentionCase([40] * sequences, [1] * sequences)
+                decode_attention(case.q, *case.caches, case.batches[0], 1.0, None, case.out, DECODE_TUNINGS[index])
+        else:
+            case = AttentionCase([200], [200])
+            tuning = PREFILL_TUNINGS[index - len(DECODE_TUNINGS)]
+            prefill_attention(case.q, *case.caches, case.batches[0], 1.0, None, case.out, tuning)
+    except Exception as error:  # a choice that does not fit the card: `tune` says so
+        print(f"{index}: {type(error).__name__}", flush=True)
+
+
+def described(tuning: DecodeTuning | PrefillTuning) -> str:
+    return type(tuning).__name__[:-6] + " " + " ".join(str(value) for value in dataclasses.astuple(tuning))
+
+
+def tune(report: Report) -> None:
+    """Microseconds of each choice. Decode: kv_block, min_piece, max_pieces, programs_per_sm, num_warps, num_stages."""
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 4)) as pool:
+        pool.map(precompile, range(len(DECODE_TUNINGS) + len(PREFILL_TUNINGS)), chunksize=1)
+    names = ("1x384", "1x8192", "16x384", "256x384", "256x1024")
+    cases = {name: AttentionCase(DECODE_CASES[name], [1] * len(DECODE_CASES[name])) for name in names}
+    for choice in DECODE_TUNINGS:
+        try:
+            times = {key: round(case.decode(choice) * 1e6, 1) for key, case in cases.items()}
+        except Exception as error:
+            times = {"failed": str(error).splitlines()[0][:60]}
+        report.show("tuning", described(choice), **times)
+    prefill = AttentionCase(PREFILL_CASES["2x4096"], PREFILL_CASES["2x4096"])
+    for tuning in PREFILL_TUNINGS:
+        try:
+            rates = {"TFLOP_s": prefill.operations / prefill.prefill(tuning) / 1e12}
+        except Exception as error:
+            rates = {"failed": str(error).splitlines()[0][:60]}
+        report.show("tuning", described(tuning), **rates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="kernels,timing,tuning,engine,speed,profile")
+    parser.add_argument("--rounds", type=int, default=24, help="random shapes that every kernel is checked on")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    report = Report(set(options.only.split(",")), options.json)
+    place = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU (interpreter)"
+    print(f"{place}; torch {torch.__version__}; seed {options.seed}", flush=True)
+    report.part("kernels", lambda: check_kernels(report, options.rounds, options.seed))
+    report.part("engine", lambda: gpu_engine.check_engine(report))
+    if DEVICE.type == "cuda":
+        profiled = "profile" in report.sections
+        for shape in gpu_engine.SHAPES:
+            report.part("speed", lambda shape=shape: gpu_engine.measure_speed(report, shape, profiled))
+        report.part("timing", lambda: time_all(report))
+        report.part("tuning", lambda: tune(report))
+    print("failures:", report.failures or "none")
+    sys.exit(bool(report.failures))
+
+
+if __name__ == "__main__":
+    main()

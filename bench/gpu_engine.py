@@ -1,0 +1,160 @@
+"""The GPU check's upper half: the engine against Transformers, tokens a second, where a step's time goes."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_report import Report
+
+from trine import LLM, SamplingParams
+from trine.llm.graphs import DecodeGraphs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    kept = DecodeGraphs.can_run
+    DecodeGraphs.can_run = lambda self, num_rows: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DecodeGraphs.can_run = kept  # type: ignore[method-assign]
+
+
+def small_checkpoints(folder: Path) -> Iterator[tuple[str, Path, Any]]:
+    """Random checkpoints of each family, with large weights so that greedy output does not loop."""
+    import transformers
+
+    common = {"vocab_size": 500, "hidden_size": 128, "num_hidden_layers": 3, "initializer_range": 0.2,
+              "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    rotary = common | {"intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+                       "max_position_embeddings": 1024}  # fmt: skip
+    configs = {
+        "llama": transformers.LlamaConfig(**rotary),
+        "mistral": transformers.MistralConfig(**rotary, sliding_window=50),
+        "qwen2": transformers.Qwen2Config(**rotary),
+        "qwen3": transformers.Qwen3Config(**rotary, head_dim=64),
+        "gpt2": transformers.GPT2Config(
+            vocab_size=500, n_embd=128, n_layer=3, n_head=4, n_positions=1024, initializer_range=0.2,
+            bos_token_id=None, eos_token_id=None,
+        ),
+    }  # fmt: skip
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        model.save_pretrained(folder / name)
+        yield name, folder / name, model.to(DEVICE)
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt], device=DEVICE)
+    out = model(ids, use_cache=True)
+    tokens = [int(out.logits[0, -1].argmax())]
+    while len(tokens) < count:
+        out = model(torch.tensor([[tokens[-1]]], device=DEVICE), past_key_values=out.past_key_values, use_cache=True)
+        tokens.append(int(out.logits[0, -1].argmax()))
+    return tokens
+
+
+def check_engine(report: Report, count: int = 48) -> None:
+    chooser = random.Random(1)
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    prompts = [[chooser.randrange(500) for _ in range(n)] for n in (1, 5, 17, 40, 64, 100, 130, 7, 300, 33)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, directory, model in small_checkpoints(Path(folder)):
+            expected = [greedy(model, prompt, count) for prompt in prompts]
+            inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+            options = {"dtype": "float32", "max_num_batched_tokens": 96, "max_num_seqs": 16, "cache_bytes": 1 << 28}
+            runs = {}
+            for graphs in (True, False):
+                with LLM(str(directory), **options) as llm:
+                    if graphs:
+                        runs[True] = llm.generate(inputs, params)
+                    else:
+                        with without_graphs():
+                            runs[False] = llm.generate(inputs, params)
+            tokens = {key: [out.outputs[0].token_ids for out in outs] for key, outs in runs.items()}
+            equal = sum(list(a) == b for a, b in zip(tokens[True], expected, strict=True))
+            same = [list(t) for t in tokens[True]] == [list(t) for t in tokens[False]]
+            report.show("engine", name, equal_to_transformers=f"{equal}/{len(prompts)}", graphs_change_nothing=same)
+            if equal < len(prompts) or not same:
+                report.fail(f"engine {name}: tokens differ")
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+        "hidden_act": "silu", "torch_dtype": "bfloat16", "eos_token_id": 151645,
+    },
+    "Llama-3.1-8B": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False,
+        "hidden_act": "silu", "torch_dtype": "bfloat16", "eos_token_id": 128001,
+    },
+}  # fmt: skip
+WORKLOADS = {"single": (1, 128, 256), "batch16": (16, 128, 256), "decode": (256, 128, 256), "prefill": (16, 4096, 1)}
+
+
+@contextmanager
+def loaded(report: Report, shape: str) -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        start = time.perf_counter()
+        with LLM(
+            folder, load_format="dummy", max_model_len=8192, enable_prefix_caching=False, cache_bytes=20 << 30
+        ) as llm:
+            report.show("speed", f"{shape} start", seconds=time.perf_counter() - start)
+            yield llm
+
+
+def measure_speed(report: Report, shape: str, profiled: bool) -> None:
+    with loaded(report, shape) as llm:
+        for name, (requests, length, count) in WORKLOADS.items():
+            params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+            chooser = random.Random(2)
+            prompts = [
+                {"prompt_token_ids": [chooser.randrange(1000, 100000) for _ in range(length)]} for _ in range(requests)
+            ]
+            llm.generate(prompts, SamplingParams(temperature=0, max_tokens=min(count, 16), ignore_eos=True))
+            start = time.perf_counter()
+            llm.generate(prompts, params)
+            elapsed = time.perf_counter() - start
+            report.show("speed", f"{shape} {name}", output_tok_s=requests * count / elapsed,
+                 total_tok_s=requests * (length + count) / elapsed)  # fmt: skip
+        if profiled:
+            profile(report, llm, shape)
+
+
+def profile(report: Report, llm: Any, shape: str) -> None:
+    """Share of 30 decode steps that the GPU works, and the kernels that take it."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    for rows in (1, 64):
+        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+        prompts = [{"prompt_token_ids": [7 + row] * 16} for row in range(rows)]
+        llm.generate(prompts, params)
+        with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            llm.generate(prompts, params)
+        launched = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        times: dict[str, list[float]] = {}
+        for event in launched:
+            times.setdefault(event.name, []).append(event.time_range.end - event.time_range.start)
+        busy = sum(map(sum, times.values()))
+        span = max(e.time_range.end for e in launched) - min(e.time_range.start for e in launched)
+        report.show("profile", f"{shape} {rows} rows", span_us=float(span), busy=busy / span, kernels=len(launched))
+        for name, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:10]:
+            print(f"            {sum(each) / busy:6.1%} {len(each):6} x {sum(each) / len(each):8.1f} us  {name[:90]}")
