@@ -188,12 +188,12 @@ def test_errors_are_the_requests(source: str, messages: Any, message: str) -> No
         "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
         "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x.replace('x', 'xx') %}{% endfor %}",
         "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x | replace('x', 'xx') %}{% endfor %}",
-        "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "{% set n = namespace(x='xx') %}{% for i in range(50) %}{% set n.x %}{{n.x}}{{n.x}}{% endset %}{% endfor %}",
     ],
 )
 def test_bombs_are_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trine.llm.chat.sandbox.MAX_SECONDS", 0.3)
-    with pytest.raises(RequestError, match="stopped|fails|refuses"):
+    with pytest.raises(RequestError, match=r"stopped|fails|refuses"):
         render(source, PLAIN)
 
 
