@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,8 @@ from tests.llm.tokenizers_for_tests import trained
 from trine.core.errors import ConfigurationError, RequestError
 from trine.llm.chat.events import ContentDelta, Event, ToolCall, ToolCallArguments, ToolCallStart
 from trine.llm.chat.tool_parsers import collect, detect_tool_parser, get_tool_parser, parse, tool_parser_names
+from trine.llm.sampling.grammar import GrammarCompiler
+from trine.llm.sampling.params import GuidedParams
 from trine.llm.tokenizer import Tokenizer
 
 
@@ -232,33 +235,27 @@ TOOLS = [
 
 
 @functools.cache
-def guided_tokenizer() -> tuple[Tokenizer, Any]:
-    from llguidance import LLTokenizer
-
+def guided_tokenizer() -> tuple[Tokenizer, GrammarCompiler]:
     backend = trained("byte_level")
-    return Tokenizer(backend), LLTokenizer(backend.to_str(), eos_token=backend.token_to_id("<|im_end|>"))
+    tok = Tokenizer(backend, eos_token_ids=[backend.token_to_id("<|im_end|>")])
+    return tok, GrammarCompiler(tok)
 
 
-def random_text(grammar: str, seed: int) -> str:
+def random_text(guided: GuidedParams, seed: int) -> str:
     """A text that a grammar lets a model without any skill write."""
-    import llguidance.torch as masks
-    from llguidance import LLMatcher
-
-    tok, guide = guided_tokenizer()
-    assert not LLMatcher.validate_grammar(grammar, guide)
-    draw, matcher, ids = random.Random(seed), LLMatcher(guide, grammar), []
-    mask = masks.allocate_token_bitmask(1, guide.vocab_size)
-    end = guide.eos_token
-    while not matcher.is_stopped() and len(ids) < 600:
-        masks.fill_next_token_bitmask(matcher, mask)
-        words = mask[0].tolist()
-        allowed = [index for index in range(guide.vocab_size) if words[index // 32] >> (index % 32) & 1]
+    tok, compiler = guided_tokenizer()
+    draw, state, ids = random.Random(seed), compiler.new_state(compiler.compile(guided)), []
+    mask = torch.zeros(-(-tok.vocab_size // 32), dtype=torch.int32)
+    (end,) = tok.eos_token_ids
+    while len(ids) < 600:
+        state.fill_mask(mask)
+        words = mask.tolist()
+        allowed = [index for index in range(tok.vocab_size) if words[index // 32] >> (index % 32) & 1]
         if end in allowed and (len(allowed) == 1 or draw.random() < 0.7):
-            break
+            return tok.decode(ids, skip_special_tokens=False)
         ids.append(draw.choice([index for index in allowed if index != end]))
-        assert matcher.consume_token(ids[-1])
-    assert matcher.is_accepting(), "the text is complete"
-    return tok.decode(ids, skip_special_tokens=False)
+        assert state.accept(ids[-1])
+    raise AssertionError("the text does not end")
 
 
 @pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "pythonic"])
@@ -271,7 +268,7 @@ def test_forced_calls_are_certain(name: str, choice: str | None, parallel: bool)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters", {"maxProperties": 0}) for tool in TOOLS}
     counts, names = set(), set()
     for seed in range(12):
-        text = random_text(guided.grammar or "", seed)
+        text = random_text(guided, seed)
         content, calls = parse(parser, text)
         assert content == ""
         counts.add(len(calls))
@@ -285,11 +282,14 @@ def test_forced_calls_are_certain(name: str, choice: str | None, parallel: bool)
 
 def test_the_forced_text_is_the_trained_text() -> None:
     tok, _ = guided_tokenizer()
-    grammar = get_tool_parser("hermes").forced_calls(TOOLS, "now", True, tok).grammar or ""
-    assert f"<[{tok.hf.token_to_id('<tool_call>')}]>" in grammar, "the marker is one token"
-    assert random_text(grammar, 0) == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-    plain = get_tool_parser("llama3_json").forced_calls(TOOLS, "now", False).grammar or ""
-    assert random_text(plain, 0) == '{"name": "now", "parameters": {}}'
+    hermes = get_tool_parser("hermes").forced_calls(TOOLS, "now", True, tok)
+    assert f"<[{tok.hf.token_to_id('<tool_call>')}]>" in (hermes.grammar or ""), "the marker is one token"
+    assert random_text(hermes, 0) == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for with_tokens in (tok, None):
+        llama = get_tool_parser("llama3_json").forced_calls(TOOLS, "set", False, with_tokens)
+        texts = {random_text(llama, seed) for seed in range(40)}
+        assert '{"name": "set", "parameters": {"on": true, "level": 2}}' in texts
+        assert '{"name": "set", "parameters": {}}' in texts
 
 
 def test_calls_that_can_not_be_forced_are_errors() -> None:
@@ -298,6 +298,9 @@ def test_calls_that_can_not_be_forced_are_errors() -> None:
         parser.forced_calls(TOOLS, "x", True)
     with pytest.raises(RequestError, match="tools is empty"):
         parser.forced_calls([], None, True)
+    odd = {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
+    with pytest.raises(RequestError, match=r"parameters of 'f': .*'uniqueItems' at #/properties/a can't be enforced"):
+        parser.forced_calls([{"type": "function", "function": odd}], None, True)
     with pytest.raises(RequestError, match="JSON schema of an object"):
         parser.forced_calls([{"type": "function", "function": {"name": "f", "parameters": 3}}], None, True)
 

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from trine.core.errors import RequestError
 from trine.llm.sampling.params import GuidedParams
+from trine.llm.sampling.schema import prepare_schema
 
 if TYPE_CHECKING:
     from trine.llm.tokenizer import Tokenizer
 
 Tool = dict[str, Any]
 
-_AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as chat templates print it (Python's json.dumps), which is what models saw."""
+_EXACT = {"lenient": False, "coerce_one_of": False}
+"""What the grammar library can't enforce is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,40 +76,19 @@ def functions_to_call(tools: Sequence[Tool], choice: str | None) -> list[Mapping
 
 
 def arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a function's arguments, for a grammar. Without parameters it takes none."""
+    """The JSON schema of a function's arguments, for a grammar. A function without parameters takes none."""
     parameters = function.get("parameters")
     if parameters is None:
-        parameters = {"type": "object", "properties": {}}
+        parameters = {"type": "object", "additionalProperties": False}
     if not isinstance(parameters, Mapping):
         raise RequestError(
             f"tools: parameters of {function['name']!r} must be a JSON schema of an object", param="tools"
         )
-    schema = {"type": "object", **_closed(parameters)}
-    return {**schema, "x-guidance": _AS_TRAINED}
-
-
-def _closed(schema: Any) -> Any:
-    """The schema with objects that list their properties closed to others, so that a model can't invent any.
-
-    Left alone where the schema says something on other properties, or combines schemas, each of which sees a part only.
-    """
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    if any(key in schema for key in ("allOf", "anyOf", "oneOf", "not", "if", "$ref")):
-        return dict(schema)
-    result = dict(schema)
-    for key in ("properties", "$defs", "definitions"):
-        if isinstance(result.get(key), Mapping):
-            result[key] = {name: _closed(value) for name, value in result[key].items()}
-    for key in ("items", "prefixItems"):
-        if key in result:
-            result[key] = _closed(result[key])
-    open_keys = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties")
-    if "properties" in result and not any(key in result for key in open_keys):
-        result["additionalProperties"] = False
-    return result
+    try:
+        schema = prepare_schema({"type": "object", **parameters})
+    except RequestError as error:
+        raise RequestError(f"tools: parameters of {function['name']!r}: {error.message}", param="tools") from error
+    return {**schema, "x-guidance": _SEPARATORS | _EXACT}
 
 
 def literal(text: str) -> str:
