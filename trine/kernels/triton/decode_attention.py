@@ -46,10 +46,10 @@ def _merge(
     """
     heads = tl.arange(0, group_block)
     dims = tl.arange(0, dim_block)
-    pieces = tl.arange(0, max_pieces)
-    present = (pieces < num_pieces)[:, None] & (heads < group)[None, :]
-    m = tl.load(m_ptr + pieces[:, None] * group + heads[None, :], mask=present, other=-1e30, cache_modifier=".cg")
-    top = tl.max(m, 0)
+    every = tl.arange(0, max_pieces)
+    known = (every < num_pieces)[:, None] & (heads < group)[None, :]
+    tops = tl.load(m_ptr + every[:, None] * group + heads[None, :], mask=known, other=-1e30, cache_modifier=".cg")
+    top = tl.max(tops, 0)
     total = tl.zeros([group_block], tl.float32)
     acc = tl.zeros([group_block, dim_block], tl.float32)
     for first in range(0, num_pieces, merge_block):

@@ -92,27 +92,27 @@ def _prepare_qkv_kernel(
         q = _norm_and_rotate(
             row_ptr, heads, inside, q_norm_ptr, cos_sin_row, eps, head_dim, rotary_dim, has_q_norm, dim_block
         )
-        target = q_ptr + (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
-        tl.store(target, q.to(q_ptr.dtype.element_ty), mask=inside)
+        q_row_ptr = q_ptr + (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
+        tl.store(q_row_ptr, q.to(q_ptr.dtype.element_ty), mask=inside)
     else:
         slot = tl.load(slots_ptr + token)
-        place = (slot // block_size) * cache_block_stride + (slot % block_size) * cache_token_stride
+        slot_offset = (slot // block_size) * cache_block_stride + (slot % block_size) * cache_token_stride
         part -= num_q_parts
         is_key = part < num_kv_parts
         part = tl.where(is_key, part, part - num_kv_parts)
         heads = part * heads_block + tl.arange(0, heads_block)
         inside = (heads < num_kv_heads)[:, None] & (dims < head_dim)[None, :]
-        target = place + heads[:, None] * cache_head_stride + dims[None, :]
+        place = slot_offset + heads[:, None] * cache_head_stride + dims[None, :]
         if is_key:
             row_ptr += num_heads * head_dim
             k = _norm_and_rotate(
                 row_ptr, heads, inside, k_norm_ptr, cos_sin_row, eps, head_dim, rotary_dim, has_k_norm, dim_block
             )
-            tl.store(k_cache_ptr + target, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+            tl.store(k_cache_ptr + place, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
         else:
             row_ptr += (num_heads + num_kv_heads) * head_dim
             v = tl.load(row_ptr + heads[:, None] * head_dim + dims[None, :], mask=inside, other=0.0)
-            tl.store(v_cache_ptr + target, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+            tl.store(v_cache_ptr + place, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
 def prepare_qkv(
