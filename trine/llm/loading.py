@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from importlib import resources
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from trine.llm.models import decoder_class
 from trine.llm.models.base import Build, CausalLM, CheckpointNames
 from trine.llm.quantization import linear_method
 
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+
 EMBEDDED = ("tiny",)
+POOL = 1_048_573
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "1_Pooling/*"]
 
 
@@ -122,7 +126,17 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, names: CheckpointName
         module.load_weight(key, tensor)
         waiting[path].remove(key)
         if not waiting[path]:
-            module.process_weights()
+            finish_weights(module)
+
+
+def finish_weights(module: WeightedModule) -> None:
+    """Pack a layer whose weights are all there, and give the memory of what was packed back to the system.
+
+    Without the last, the C library keeps most of it: small weights that stay break its free blocks up.
+    """
+    module.process_weights()
+    if module.weight_bytes() > 1 << 20 and _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def _match(
@@ -178,5 +192,18 @@ def fill_random(model: nn.Module, device: torch.device, seed: int = 0) -> None:
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
             else:
-                parameter.normal_(0.0, 0.02, generator=generator)
-        module.process_weights()
+                _fill_normal(parameter, generator)
+        finish_weights(module)
+
+
+def _fill_normal(parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Normal numbers, repeated from a pool: drawing billions one by one takes minutes.
+
+    The pool's size is a prime larger than a vocabulary, so that no two rows of a matrix are equal.
+    """
+    flat = parameter.view(-1)
+    pool = torch.empty(min(POOL, flat.numel()), dtype=torch.float32, device=flat.device)
+    pool = pool.normal_(0.0, 0.02, generator=generator).to(flat.dtype)
+    whole = flat.numel() // pool.numel() * pool.numel()
+    flat[:whole].view(-1, pool.numel()).copy_(pool.expand(whole // pool.numel(), -1))
+    flat[whole:].copy_(pool[: flat.numel() - whole])
