@@ -20,6 +20,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +33,7 @@ from trine.kernels import reference
 from trine.kernels import triton as kernels
 from trine.kernels.triton.decode_attention import DecodeTuning, decode_attention
 from trine.kernels.triton.prefill_attention import PrefillTuning, prefill_attention
+from trine.kernels.triton.small_linear import MAX_ROWS, small_linear
 from trine.llm.batch import Batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,6 +119,8 @@ def check_elementwise(chooser: random.Random, dtype: torch.dtype) -> Iterator[Ch
     yield compare("add_rms_norm residual", residual, other)
     yield compare("silu_mul", kernels.silu_mul(x), reference.silu_mul(x))
     yield compare("gelu tanh", kernels.gelu(x, "tanh"), reference.gelu(x, "tanh"))
+    few, table = x[:MAX_ROWS], randn(100, size, dtype=dtype)
+    yield compare("small_linear", small_linear(few, table), reference.linear(few.double(), table.double()).to(dtype))
     yield compare("gelu none", kernels.gelu(x, "none"), reference.gelu(x, "none"))
 
 
@@ -190,6 +194,8 @@ def time_all(report: Report) -> None:
     for rows in (1, 256, 8192):
         time_elementwise(report, bandwidth, rows)
     time_attention(report, bandwidth, rate)
+    for outputs, inputs in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):  # of a Llama-3.1-8B layer
+        time_linear(report, bandwidth, outputs, inputs)
 
 
 def time_elementwise(report: Report, bandwidth: float, rows: int) -> None:
@@ -216,6 +222,28 @@ def time_elementwise(report: Report, bandwidth: float, rows: int) -> None:
     ):
         elapsed = seconds(launch)
         report.show("timing", f"{name} {rows} rows", us=elapsed * 1e6, share=moved / elapsed / bandwidth)
+
+
+def time_linear(report: Report, bandwidth: float, outputs: int, inputs: int) -> None:
+    """Products with weights [outputs, inputs], more of them in turn than the card's own cache holds."""
+    copies = max(2, (300 << 20) // (2 * outputs * inputs))
+    weights = [randn(outputs, inputs, dtype=torch.bfloat16) for _ in range(copies)]
+    eighths = [weight.to(torch.float8_e4m3fn) for weight in weights]
+    scales = torch.rand(outputs, device=DEVICE)
+    inputs_of = {rows: randn(rows, inputs, dtype=torch.bfloat16) for rows in (1, 2, 4, 16, 64)}
+    ways: dict[str, tuple[list[torch.Tensor], Callable[[torch.Tensor, int], object]]] = {
+        "library": (weights, lambda x, i: torch.nn.functional.linear(x, weights[i])),
+        "ours": (weights, lambda x, i: small_linear(x, weights[i])),
+        "ours_pdl": (weights, lambda x, i: small_linear(x, weights[i], dependent=True)),
+        "fp8_pdl": (eighths, lambda x, i: small_linear(x, eighths[i], None, scales, dependent=True)),
+    }
+    for rows, x in inputs_of.items():
+        shares = {
+            name: read[0].nbytes / seconds(partial(launch, x), copies) / bandwidth
+            for name, (read, launch) in ways.items()
+            if name == "library" or rows <= MAX_ROWS
+        }
+        report.show("timing", f"linear {outputs}x{inputs} {rows} rows", **shares)
 
 
 class AttentionCase:
