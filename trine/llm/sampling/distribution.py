@@ -35,8 +35,10 @@ def block_max(logits: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logit and the first token that has it. logits [B, V] float32 -> ([B] float32, [B] int64).
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit, the first token that has it, and the largest logits of blocks.
+
+    logits [B, V] float32 -> ([B] float32, [B] int64, [B, ceil(V / 128)] float32).
 
     Ten times as fast on a CPU as torch.argmax, whose inner loop isn't vectorised: the maxima of blocks are, and only
     one block a row is searched. A row with a NaN gives NaN.
@@ -47,7 +49,7 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     ids = ids.clamp_(max=logits.shape[1] - 1)
     inner = logits.gather(1, ids)
     best = inner.argmax(-1, keepdim=True)
-    return inner.gather(1, best).squeeze(1), ids.gather(1, best).squeeze(1)
+    return inner.gather(1, best).squeeze(1), ids.gather(1, best).squeeze(1), maxima
 
 
 def scaled_logits(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class SampledLogprobs:
 
 def log_normalizer(logits: Tensor) -> Tensor:
     """log(sum(exp(logits))) of each row, [B, V] float32 -> [B, 1] float32; a row's result is the same in any batch."""
-    largest, _ = argmax(logits)
+    largest, _, _ = argmax(logits)
     shifted = torch.exp(logits - largest[:, None])
     whole = logits.shape[1] // BLOCK * BLOCK
     # Blocks first: torch splits one long sum over threads when it is the only one, and that changes the last bits.

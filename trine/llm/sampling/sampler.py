@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 
@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trine.llm.sampling import distribution
+from trine.llm.sampling import candidates, distribution
 from trine.llm.sampling.edits import LogitEdits
 from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
 from trine.llm.sampling.params import SamplingParams
 from trine.llm.sampling.random import as_uint64, uniforms
 
-_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: the passes over a chunk of rows stay in a core's cache
+_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32
 
 
 class _Use(IntFlag):
@@ -30,6 +30,9 @@ class _Use(IntFlag):
     EDITS = 16
     GUIDED = 32
     LOGPROBS = 64
+
+
+_FILTERS = _Use.TOP_K | _Use.TOP_P | _Use.MIN_P
 
 
 @dataclass(slots=True)
@@ -118,9 +121,9 @@ class Sampler:
         if anyone & (_Use.EDITS | _Use.GUIDED):
             guided = uses & _Use.GUIDED != 0 if bitmask is not None else None
             self._edits.apply(logits, index, np.asarray(steps), bitmask, guided)
-        largest, tokens = distribution.argmax(logits)
+        largest, tokens, maxima = distribution.argmax(logits)
         if anyone & _Use.RANDOM:
-            self._draw(logits, index, uses, np.asarray(steps), largest, tokens)
+            self._draw(logits, index, uses, np.asarray(steps), maxima, largest, tokens)
         tokens = torch.where(torch.isfinite(largest), tokens, -1)
         if anyone & _Use.EDITS:
             self._edits.record(index, tokens)
@@ -153,25 +156,36 @@ class Sampler:
         index: npt.NDArray[np.int64],
         uses: npt.NDArray[np.uint8],
         steps: npt.NDArray[np.int64],
+        maxima: Tensor,
         largest: Tensor,
         tokens: Tensor,
     ) -> None:
         """Replace the greedy tokens of the rows that sample. Rows with and without filters are drawn apart."""
-        numbers = uniforms(self._seeds[index], steps.astype(np.uint64))
-        table = self._upload(np.column_stack((numbers, self._filters[index])))
-        filtered = uses & (_Use.TOP_K | _Use.TOP_P | _Use.MIN_P) != 0
-        for chosen in (uses & _Use.RANDOM != 0) & ~filtered, filtered:
-            where = np.flatnonzero(chosen)
-            step = max(1, _CHUNK_ELEMENTS // self.vocab_size) if self.device.type == "cpu" else max(1, len(where))
-            for start in range(0, len(where), step):
-                part = where[start : start + step]
+        table = np.column_stack((uniforms(self._seeds[index], steps.astype(np.uint64)), self._filters[index]))
+        filtered = uses & _FILTERS != 0
+        plain = (uses & _Use.RANDOM != 0) & ~filtered
+        for part in self._chunks(np.flatnonzero(plain), _CHUNK_ELEMENTS):
+            lines = self._upload(part)
+            at, end = int(part[0]), int(part[-1]) + 1
+            chosen = logits[at:end] if end - at == len(part) else logits[lines]
+            drawn = _draw_on_device(chosen, largest[lines], self._upload(table[part]), _Use.RANDOM)
+            tokens.index_copy_(0, lines, drawn)
+        for part in self._chunks(np.flatnonzero(filtered), 8 * _CHUNK_ELEMENTS):
+            lines = self._upload(part)
+            chosen = logits if len(part) == len(index) else logits[lines]
+            if self.device.type == "cpu":
+                filters = candidates.Filters.from_table(table[part])
+                drawn = candidates.draw(chosen, maxima[lines], largest[lines], filters)
+            else:
                 needs = _Use(int(np.bitwise_or.reduce(uses[part])))
-                if len(part) == len(index):
-                    tokens.copy_(_draw(logits, largest, table, needs))
-                    continue
-                lines = self._upload(part)
-                drawn = _draw(logits[lines], largest[lines], table[lines], needs)
-                tokens.index_copy_(0, lines, drawn)
+                drawn = _draw_on_device(chosen, largest[lines], self._upload(table[part]), needs)
+            tokens.index_copy_(0, lines, drawn)
+
+    def _chunks(self, lines: npt.NDArray[np.int64], elements: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Parts of `lines` whose logits stay in a core's cache through several passes; one part on a GPU."""
+        step = max(1, elements // self.vocab_size) if self.device.type == "cpu" else len(lines)
+        for start in range(0, len(lines), step):
+            yield lines[start : start + step]
 
     def _upload(self, array: npt.NDArray[np.generic]) -> Tensor:
         """A host array on the device. Pinned, so that the copy waits for nothing."""
@@ -181,12 +195,12 @@ class Sampler:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-def _draw(logits: Tensor, largest: Tensor, table: Tensor, needs: _Use) -> Tensor:
+def _draw_on_device(logits: Tensor, largest: Tensor, table: Tensor, needs: _Use) -> Tensor:
     """Draw one token a row, [B] int64. table [B, 5] float64: uniform number, temperature, top_k, top_p, min_p."""
     uniform, temperature, top_k, top_p, min_p = table.unbind(1)
     z = distribution.scaled_logits(logits, largest, temperature.to(torch.float32))
     mass = distribution.weights(z)
-    if needs & (_Use.TOP_K | _Use.TOP_P | _Use.MIN_P):
+    if needs & _FILTERS:
         limit = distribution.thresholds(
             z,
             top_k.to(torch.int64) if needs & _Use.TOP_K else None,
