@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -257,15 +257,19 @@ class ThreadExecutor:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trine-worker")
+        self._forwarded: Future[None] | None = None
 
     def forward(self, step: Step) -> None:
         if step.guided:
             self._forwarded = self._thread.submit(self._worker.forward, step)
 
     def sample(self, step: Step, bitmask: torch.Tensor | None = None) -> Callable[[], StepResult]:
+        # Bound now: by the time `run` runs, the next step's forward pass may be queued behind it.
+        forwarded = self._forwarded if step.guided else None
+
         def run() -> StepResult:
-            if step.guided:
-                self._forwarded.result()  # raises what the forward pass raised
+            if forwarded is not None:
+                forwarded.result()  # raises what the forward pass raised
             else:
                 self._worker.forward(step)
             return self._worker.sample(step, bitmask)()
