@@ -8,6 +8,8 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from tests.llm.tokenizers_for_tests import CORPUS, trained
 from trine.llm.detokenizer import MAX_HELD_BYTES, IncrementalDetokenizer, OutputText
@@ -196,3 +198,15 @@ def test_a_stop_string_in_held_bytes_is_found_at_the_end() -> None:
     assert (delta, stop) == ("low ", None)
     assert output.flush() == ""
     assert output.stop_string == "🎉"
+
+
+def test_a_decoder_written_in_python_is_used_as_it_is() -> None:
+    class Shout:
+        def decode_chain(self, tokens: list[str]) -> list[str]:
+            return [token.upper() for token in tokens]
+
+    backend = Backend.from_str(trained("no_decoder").to_str())
+    backend.decoder = decoders.Decoder.custom(Shout())
+    tok = Tokenizer(backend)
+    assert tok.table.plan is None
+    assert streamed(tok, tok.encode("hello world"), True, random.Random(0)) == "HELLOWORLD"

@@ -128,7 +128,7 @@ class TokenizerFiles:
     def _convert(self, source: str) -> Backend:
         path = self.directory / source
         remedy = (
-            "convert it once with `pip install transformers tiktoken` and `python -c \"from transformers import "
+            'convert it once with `pip install transformers tiktoken` and `python -c "from transformers import '
             f"AutoTokenizer as T; T.from_pretrained('{self.directory}').save_pretrained('{self.directory}')\"`"
         )
         try:
