@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.llm.chat.templates_for_tests import CHATML, LLAMA3, MISTRAL, OLD
 from tests.llm.tokenizers_for_tests import trained
 from trine.core.errors import ConfigurationError, RequestError
 from trine.llm.chat.events import ContentDelta, Event, ToolCall, ToolCallArguments, ToolCallStart
-from trine.llm.chat.tool_parsers import collect, detect_tool_parser, get_tool_parser, parse, tool_parser_names
+from trine.llm.chat.tool_parsers import _parsers, collect, detect_tool_parser, get_tool_parser, parse, tool_parser_names
 from trine.llm.sampling.grammar import GrammarCompiler
 from trine.llm.sampling.params import GuidedParams
 from trine.llm.tokenizer import Tokenizer
@@ -200,6 +201,27 @@ def test_names() -> None:
     assert {"hermes", "llama3_json", "mistral", "pythonic"} <= set(tool_parser_names())
     with pytest.raises(ConfigurationError, match="'x' is unknown; choose one of hermes"):
         get_tool_parser("x")
+
+
+def test_other_packages_add_parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shouting.py").write_text(
+        "from trine.llm.chat.tool_parsers.formats import HermesParser\n"
+        "class Shouting(HermesParser):\n"
+        "    name = 'shouting'\n"
+        "    def detect(self, chat_template):\n"
+        "        return 'SHOUT' in chat_template\n"
+    )
+    metadata = tmp_path / "shouting-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[trine.tool_parsers]\nshouting = shouting:Shouting\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _parsers.cache_clear()
+    try:
+        assert detect_tool_parser("SHOUT") == "shouting"
+        assert get_tool_parser("shouting").name in tool_parser_names()
+    finally:
+        _parsers.cache_clear()
 
 
 # --- forced calls ---------------------------------------------------------------------------------------------------
