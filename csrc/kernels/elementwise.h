@@ -1,0 +1,134 @@
+// Norms and activations: one pass over memory, rows shared among threads when there is enough to do.
+#pragma once
+
+#include "vec.h"
+
+namespace trine {
+namespace TRINE_ISA {
+
+// Work worth waking other threads for, in elements.
+constexpr int64_t PARALLEL_ELEMENTS = 32 * 1024;
+
+// body(first row, end row), in parallel when rows * size is large.
+template <class Body>
+INLINE void over_rows(int64_t rows, int64_t size, const Body& body) {
+    const int64_t block = max<int64_t>(1, PARALLEL_ELEMENTS / 4 / max<int64_t>(1, size));
+    if (rows * size < PARALLEL_ELEMENTS)
+        body(int64_t(0), rows);
+    else
+        parallel(ceil_div(rows, block), [&](int64_t i) { body(i * block, min(rows, i * block + block)); });
+}
+
+// One row: residual += x (rounded to T, as the residual stream is), then RMS norm or, with a bias, layer norm of it.
+template <class T>
+static void norm_row(const NormArgs& args, int64_t row) {
+    const int64_t size = args.size;
+    const T* x = static_cast<const T*>(args.x) + row * size;
+    const T* weight = static_cast<const T*>(args.weight);
+    const T* bias = static_cast<const T*>(args.bias);
+    T* y = static_cast<T*>(args.y) + row * size;
+    if (args.residual) {
+        T* residual = static_cast<T*>(args.residual) + row * size;
+        for (int64_t i = 0; i < size; i += W)
+            store_upto(residual + i, add(load_upto(residual + i, size - i), load_upto(x + i, size - i)), size - i);
+        x = residual;
+    }
+    float mean = 0;
+    if (bias) {
+        vf sum = zero();
+        for (int64_t i = 0; i < size; i += W) sum = add(sum, load_upto(x + i, size - i));
+        mean = hsum(sum) / size;
+    }
+    vf squares[2] = {zero(), zero()};
+    for (int64_t i = 0; i < size; i += W) {
+        const vf d = first_n(sub(load_upto(x + i, size - i), set1(mean)), zero(), size - i);
+        squares[i / W % 2] = fma(d, d, squares[i / W % 2]);
+    }
+    const vf scale = set1(1.0f / __builtin_sqrtf(hsum(add(squares[0], squares[1])) / size + args.eps));
+    for (int64_t i = 0; i < size; i += W) {
+        vf value = mul(sub(load_upto(x + i, size - i), set1(mean)), scale);
+        value = mul(value, load_upto(weight + i, size - i));
+        if (bias) value = add(value, load_upto(bias + i, size - i));
+        store_upto(y + i, value, size - i);
+    }
+}
+
+static void norm(const NormArgs& args) {
+    with_type(args.dtype, [&](auto type) {
+        over_rows(args.rows, args.size, [&](int64_t start, int64_t end) {
+            for (int64_t row = start; row < end; ++row) norm_row<decltype(type)>(args, row);
+        });
+    });
+}
+
+// gate_up [rows, 2 * size] to y [rows, size].
+static void silu_mul(const void* gate_up, void* y, int64_t rows, int64_t size, DType dtype) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        over_rows(rows, size, [&](int64_t start, int64_t end) {
+            for (int64_t row = start; row < end; ++row) {
+                const T* gate = static_cast<const T*>(gate_up) + row * 2 * size;
+                T* to = static_cast<T*>(y) + row * size;
+                for (int64_t i = 0; i < size; i += W) {
+                    const vf activated = silu(load_upto(gate + i, size - i));
+                    store_upto(to + i, mul(activated, load_upto(gate + size + i, size - i)), size - i);
+                }
+            }
+        });
+    });
+}
+
+// tanh(x) = 1 - 2 / (e^2x + 1).
+INLINE vf tanh(vf x) { return sub(set1(1.0f), div(set1(2.0f), add(exp(add(x, x)), set1(1.0f)))); }
+
+// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: absolute error below 1.5e-7.
+INLINE vf erf(vf x) {
+    const vf a = abs(x);
+    const vf t = div(set1(1.0f), fma(set1(0.3275911f), a, set1(1.0f)));
+    vf p = set1(1.061405429f);
+    p = fma(p, t, set1(-1.453152027f));
+    p = fma(p, t, set1(1.421413741f));
+    p = fma(p, t, set1(-0.284496736f));
+    p = fma(p, t, set1(0.254829592f));
+    const vf y = sub(set1(1.0f), mul(mul(p, t), exp(sub(zero(), mul(a, a)))));
+    return flip_sign(y, sign_of(x));
+}
+
+INLINE vf gelu_of(vf x, bool approximate) {
+    const vf half = mul(x, set1(0.5f));
+    if (!approximate) return mul(half, add(set1(1.0f), erf(mul(x, set1(0.70710678f)))));
+    const vf inner = mul(set1(0.79788456f), fma(mul(mul(x, x), x), set1(0.044715f), x));
+    return mul(half, add(set1(1.0f), tanh(inner)));
+}
+
+static void gelu(const void* x, void* y, int64_t count, bool approximate, DType dtype) {
+    constexpr int64_t block = PARALLEL_ELEMENTS / 4;
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        over_rows(ceil_div(count, block), block, [&](int64_t start, int64_t end) {
+            for (int64_t i = start * block; i < min(count, end * block); i += W)
+                store_upto(static_cast<T*>(y) + i,
+                           gelu_of(load_upto(static_cast<const T*>(x) + i, count - i), approximate), count - i);
+        });
+    });
+}
+
+// The index of each row's largest element, the first of equals. NaN never wins, unless there is nothing else: then 0.
+static void argmax(const float* x, int64_t* out, int64_t rows, int64_t size, int64_t stride) {
+    over_rows(rows, size, [&](int64_t start, int64_t end) {
+        for (int64_t row = start; row < end; ++row) {
+            const float* p = x + row * stride;
+            vf best = set1(-__builtin_inff());
+            int64_t i = 0;
+            for (; i + W <= size; i += W) best = vmax(load(p + i), best);
+            float largest = hmax(best);
+            for (; i < size; ++i) largest = p[i] > largest ? p[i] : largest;
+            for (i = 0; i < size && p[i] != largest; ++i) {
+            }
+            out[row] = i < size ? i : 0;
+        }
+    });
+}
+
+}  // namespace TRINE_ISA
+}  // namespace trine

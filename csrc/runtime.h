@@ -1,0 +1,121 @@
+// What every part of the library shares: element types, packed weights, the thread pool, scratch memory.
+// This header is compiled for several instruction sets, so it holds declarations and plain data only.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace trine {
+
+enum DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3 };
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+// A weight [n, k] cut into panels of 16 output columns; k is padded with zeros to a multiple of `k_multiple`.
+//   F32, F16  [n / 16][k][16]
+//   BF16      [n / 16][k / 2][16][2]            pairs of k side by side, as vdpbf16ps and AMX read them
+//   INT8      [n / 16][k / 4][16][4]            quadruples of k, and scales [n / 16][k / group][16] bf16
+struct Weight {
+    char* data;
+    char* scales;
+    int64_t n, k;         // as the model has them
+    int64_t k_padded;     // a multiple of 32; INT8: of the group
+    int64_t panels;       // ceil(n / 16)
+    int64_t panel_bytes;  // bytes of one panel of `data`
+    int64_t data_bytes, scale_bytes;
+    int64_t group;  // INT8: neighbours in k that share a scale
+    DType dtype;
+};
+
+constexpr int64_t PANEL = 16;
+
+// Runs body(context, i) for every i in [0, count) on the pool and the calling thread; returns when all are done.
+// Tasks are handed out one by one, so that a thread that was preempted delays its own task only.
+void parallel_for(int64_t count, void (*body)(void* context, int64_t index), void* context);
+int num_threads();
+void set_num_threads(int count);
+
+// 64-byte aligned memory of the calling thread, kept between calls; contents are lost when it grows.
+enum ScratchSlot { SCRATCH_INPUT, SCRATCH_ACCUMULATOR, SCRATCH_ATTENTION, SCRATCH_PARTIAL, SCRATCH_SLOTS };
+void* scratch(ScratchSlot slot, size_t bytes);
+
+void* allocate_pages(size_t bytes);  // zeroed, with huge pages where the system gives them; null when out of memory
+void free_pages(void* pages, size_t bytes);
+
+// Null when out of memory.
+Weight* new_weight(int64_t n, int64_t k, DType dtype, int64_t group);
+void delete_weight(Weight* weight);
+void pack_weight(const Weight& weight, const void* source, DType dtype);  // source [n, k], contiguous
+
+struct LinearArgs {
+    const Weight* weight;
+    const void* x;     // [rows, k], rows x_stride elements apart
+    const void* bias;  // [n] of x's dtype, or null
+    void* out;         // [rows, n], or [rows, n / 2] with silu_mul
+    int64_t rows, x_stride;
+    DType x_dtype, out_dtype;
+    bool silu_mul;  // the first half of the columns is the gate: out = silu(gate) * up
+};
+
+struct NormArgs {
+    const void* x;   // [rows, size]
+    void* residual;  // [rows, size] or null: residual += x, and the sum is what gets normed
+    const void* weight;
+    const void* bias;  // null: RMS norm; else layer norm
+    void* y;
+    int64_t rows, size;
+    float eps;
+    DType dtype;
+};
+
+struct PrepareArgs {
+    const void* qkv;  // [tokens, (heads + 2 * kv_heads) * head_dim]
+    void* q;          // [tokens, heads, head_dim]
+    const int64_t* positions;
+    const float* cos_sin;  // [positions, rotary_dim], or null
+    const void* q_norm;
+    const void* k_norm;
+    void* k_cache;  // [blocks, kv_heads, block_size, head_dim]
+    void* v_cache;
+    const int64_t* slots;
+    int64_t tokens, heads, kv_heads, head_dim, rotary_dim, block_size;
+    float eps;
+    DType dtype, cache_dtype;
+};
+
+struct AttentionArgs {
+    const void* q;  // [tokens, heads, head_dim]
+    const void* k_cache;
+    const void* v_cache;
+    void* out;  // [tokens, heads * head_dim]
+    const int32_t* query_start;
+    const int32_t* seq_lens;
+    const int32_t* block_table;
+    int64_t sequences, block_table_stride, heads, kv_heads, head_dim, block_size;
+    int64_t window;  // positions a query sees, itself included; 0: all
+    float scale;
+    DType dtype, cache_dtype;
+};
+
+// One build of the kernels. Null entries don't exist: each build has them all.
+struct Kernels {
+    const char* name;
+    void (*linear)(const LinearArgs&);
+    void (*norm)(const NormArgs&);
+    void (*silu_mul)(const void* gate_up, void* y, int64_t rows, int64_t size, DType dtype);
+    void (*gelu)(const void* x, void* y, int64_t count, bool tanh, DType dtype);
+    void (*prepare_qkv)(const PrepareArgs&);
+    void (*attention)(const AttentionArgs&);
+    void (*embedding)(const Weight&, const int64_t* ids, void* out, int64_t rows, DType out_dtype);
+    void (*argmax)(const float* x, int64_t* out, int64_t rows, int64_t size, int64_t stride);
+    float (*probe_read)(const void* memory, int64_t bytes);
+    float (*probe_fma)(int64_t tasks, int64_t steps);
+    int vector_width;
+};
+
+}  // namespace trine
