@@ -304,13 +304,9 @@ async def test_overload_is_refused_and_deadlines_hold(checkpoint: Path) -> None:
 async def test_a_killed_engine_fails_its_requests_and_comes_back(checkpoint: Path) -> None:
     engine = await start(checkpoint)
     stream = engine.stream("will be killed", GREEDY.replace(max_tokens=450))
-    killed = False
+    os.kill(engine._transport.pid, signal.SIGKILL)  # type: ignore[union-attr]
     with pytest.raises(EngineDeadError, match="SIGKILL"):
-        async with asyncio.timeout(10):
-            async for _ in stream:
-                if not killed:
-                    os.kill(engine._transport.pid, signal.SIGKILL)  # type: ignore[union-attr]
-                    killed = True
+        await asyncio.wait_for(stream.collect(), 10)
     assert not engine.is_ready
     with pytest.raises(EngineDeadError):
         engine.stream("not yet", GREEDY)

@@ -211,7 +211,10 @@ def test_deadline_ends_waiting_and_running_sequences() -> None:
     assert step is not None
     scheduler.update(step, device.run(step), None, {})
     assert scheduler.schedule(6.0) is None
-    assert {(output.id, output.finish_reason) for output in scheduler.drain_ended()} == {(0, "deadline"), (1, "deadline")}
+    assert {(output.id, output.finish_reason) for output in scheduler.drain_ended()} == {
+        (0, "deadline"),
+        (1, "deadline"),
+    }
     assert scheduler.pool.num_used == 0
 
 
@@ -253,7 +256,7 @@ def test_prompt_scores_need_every_prompt_position_computed() -> None:
 
 
 def test_nan_ends_the_sequence_with_an_error() -> None:
-    scheduler, device = make()
+    scheduler, _ = make()
     scheduler.add(request(0, [2, 3], 5), 0.0)
     step = scheduler.schedule(0.0)
     assert step is not None

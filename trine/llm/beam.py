@@ -1,8 +1,8 @@
 """Beam search, on top of an engine that can score one more token of many sequences at once.
 
-The search is a generator: it yields the token sequences to extend and is sent, for each, its most probable next tokens. The
-prefix cache makes each such request a matter of one block at most. Scores and stopping follow Transformers' beam search:
-a hypothesis is worth its summed log-probability over its output length to the power of `length_penalty`.
+The search is a generator: it yields the token sequences to extend and is sent, for each, its most probable next tokens.
+The prefix cache makes each such request a matter of one block at most. Scores and stopping follow Transformers' beam
+search: a hypothesis is worth its summed log-probability over its output length to the power of `length_penalty`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The engine from its user's side: in a thread of this process, or in a process of its own. One protocol for both.
 
-Messages to the engine: ("add", [SequenceRequest]), ("abort", [sequence id]), ("close",). From it: ("ready", EngineInfo),
-("failed", error), ("step", StepOutput). An engine that fails says so and is gone; `AsyncLLM` starts another.
+Messages to the engine: ("add", [SequenceRequest]), ("abort", [sequence id]), ("close",). From it: ("ready",
+EngineInfo), ("failed", error), ("step", StepOutput). An engine that fails says so and is gone; `AsyncLLM` starts
+another.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class EngineInfo:
 def serve_engine(
     options: EngineOptions, receive: Callable[[bool], Message | None], send: Callable[[Message], None]
 ) -> None:
-    """Load an engine and run it until told to close. `receive(wait)` gives the next message, or None if there is none."""
+    """Load an engine and run it until told to close. `receive(wait)` gives the next message, or None if there is
+    none.
+    """
     from trine.llm.build import build_engine
 
     try:

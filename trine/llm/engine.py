@@ -1,8 +1,8 @@
 """The engine's loop: schedule, execute, update.
 
-Two loops with the same tokens. The synchronous one is the reference: it reads a step's tokens before it plans the next. The
-asynchronous one plans and launches step N + 1 while step N is still being computed: each running sequence is assumed to go
-on, its token stays on the device, and what turns out to have ended is dropped when it comes back.
+Two loops with the same tokens. The synchronous one is the reference: it reads a step's tokens before it plans the next.
+The asynchronous one plans and launches step N + 1 while step N is still being computed: each running sequence is
+assumed to go on, its token stays on the device, and what turns out to have ended is dropped when it comes back.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ class EngineCore:
         return failed
 
     def _bitmask(self, step: Step) -> torch.Tensor | None:
-        """[len(step.sampled), ceil(vocab / 32)] int32, a set bit allows a token; None when no grammar is in the step."""
+        """[len(step.sampled), ceil(vocab / 32)] int32, a set bit allows a token; None when no grammar is in the
+        step.
+        """
         if not step.guided:
             return None
         bitmask = torch.full((len(step.sampled), self._mask_words), -1, dtype=torch.int32)

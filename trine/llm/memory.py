@@ -13,7 +13,8 @@ from trine.core.sizes import format_bytes
 from trine.llm.batch import CacheSpec
 
 CPU_SHARE = 0.4
-"""Of the memory that is available on a CPU after loading, for the cache: the rest belongs to the user's other programs."""
+"""Of the memory that is available on a CPU after loading, for the cache: the rest belongs to the user's other
+programs."""
 
 GPU_SHARE = 0.92
 """Of a GPU's whole memory, for weights, activations and cache together: the driver and the graphs need the rest."""
@@ -98,8 +99,8 @@ def plan_cache(
         available = available_bytes(device)
         if budget > available:
             raise InsufficientMemoryError(
-                f"cache memory {format_bytes(budget)} was asked for, but only {format_bytes(available)} are free: lower "
-                "--cache-memory"
+                f"cache memory {format_bytes(budget)} was asked for, but only {format_bytes(available)} are free: "
+                "lower --cache-memory"
             )
     num_blocks = budget // block_bytes
     longest = (num_blocks - 1) * block_size
@@ -107,8 +108,8 @@ def plan_cache(
         needed = format_bytes((-(-max_model_len // block_size) + 1) * block_bytes)
         if max_model_len_given or longest < min(256, max_model_len):
             raise InsufficientMemoryError(
-                f"a context of {max_model_len} tokens needs {needed} of cache, but there are {format_bytes(max(0, budget))}: "
-                "lower --max-model-len, or give more with --cache-memory"
+                f"a context of {max_model_len} tokens needs {needed} of cache, but there are "
+                f"{format_bytes(max(0, budget))}: lower --max-model-len, or give more with --cache-memory"
             )
         max_model_len = longest
     return CachePlan(num_blocks, block_bytes, max_model_len)

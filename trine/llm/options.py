@@ -13,13 +13,13 @@ from trine.core.errors import ConfigurationError
 class EngineOptions:
     """Options of `LLM` and `AsyncLLM`; None means: chosen from the model and the machine.
 
-    model: directory, hub name, or "tiny". dtype: auto (the checkpoint's), float32, bfloat16, float16. device: auto, cpu,
-    cuda. max_model_len: tokens of prompt and output of one sequence. max_num_seqs: sequences that run at once.
-    max_num_batched_tokens: tokens computed in one step. max_waiting: sequences queued beyond the running ones before new
-    ones are refused. cache_bytes: memory for keys and values. block_size: tokens a cache block. quantization: None or int8
-    (weights only). load_format: auto, or dummy for random weights from config.json alone. async_loop: plan a step while
-    the last one is computed. threads: CPU threads that compute. seed: makes the seeds of requests
-    without one reproducible.
+    model: directory, hub name, or "tiny". dtype: auto (the checkpoint's), float32, bfloat16, float16. device: auto,
+    cpu, cuda. max_model_len: tokens of prompt and output of one sequence. max_num_seqs: sequences that run at once.
+    max_num_batched_tokens: tokens computed in one step. max_waiting: sequences queued beyond the running ones before
+    new ones are refused. cache_bytes: memory for keys and values. block_size: tokens a cache block. quantization: None
+    or int8 (weights only). load_format: auto, or dummy for random weights from config.json alone. async_loop: plan a
+    step while the last one is computed. threads: CPU threads that compute. seed: makes the seeds of requests without
+    one reproducible.
     """
 
     model: str

@@ -203,8 +203,8 @@ class Processor:
         if room < max(1, params.max_tokens or 1, params.min_tokens):
             wanted = f" and {params.max_tokens} output tokens were asked for" if params.max_tokens else ""
             raise RequestError(
-                f"this model's context is {self.max_model_len} tokens; the prompt has {len(token_ids)}{wanted}: shorten "
-                "the prompt or lower max_tokens",
+                f"this model's context is {self.max_model_len} tokens; the prompt has {len(token_ids)}{wanted}: "
+                "shorten the prompt or lower max_tokens",
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )
@@ -308,6 +308,7 @@ class Processor:
         text, stop = sequence.text.push(shown, allow_stop) if shown else ("", None)
         if output.finish_reason is not None and stop is None:
             text += sequence.text.flush()
+            stop = sequence.text.stop_string  # held-back bytes may have completed one
         return text, stop
 
     def _is_end(self, token_id: int, stop_token_id: int | None) -> bool:

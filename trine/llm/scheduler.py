@@ -64,9 +64,9 @@ class Step:
     """One forward pass, as a snapshot: nothing in it changes while the worker reads it.
 
     Entry i computes `counts[i]` tokens from position `starts[i]` of the sequence in row `rows[i]`. `tokens[i]` are
-    their ids, or None for the single token that this row sampled last, which only the device needs to know. Entries with one
-    token come first (`num_decodes` of them). `sampled` are the entries after which a token is sampled, `guided` the
-    positions in `sampled` whose next token a grammar restricts.
+    their ids, or None for the single token that this row sampled last, which only the device needs to know. Entries
+    with one token come first (`num_decodes` of them). `sampled` are the entries after which a token is sampled,
+    `guided` the positions in `sampled` whose next token a grammar restricts.
     """
 
     sequences: list[Sequence] = field(default_factory=list)

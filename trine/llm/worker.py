@@ -5,25 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from trine.llm.batch import Batch, CacheSpec
+from trine.llm.models.base import CausalLM
 from trine.llm.request import TokenScores
 from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
 from trine.llm.sampling.sampler import Sampler
 from trine.llm.scheduler import SchedulerLimits, Step
-
-
-class CausalModel(Protocol):
-    """What the worker needs of a model (trine.llm.models)."""
-
-    def __call__(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor: ...
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
-    def cache_specs(self) -> list[CacheSpec]: ...
-    def bind_cache(self, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -43,7 +35,7 @@ class Worker:
 
     def __init__(
         self,
-        model: CausalModel,
+        model: CausalLM,
         *,
         vocab_size: int,
         device: torch.device,
@@ -94,7 +86,9 @@ class Worker:
 
     @torch.inference_mode()
     def sample(self, step: Step, bitmask: torch.Tensor | None = None) -> Callable[[], StepResult]:
-        """Sample after `step.sampled`; `bitmask` [len(sampled), ceil(vocab / 32)] int32 has the allowed tokens' bits set."""
+        """Sample after `step.sampled`; `bitmask` [len(sampled), ceil(vocab / 32)] int32 has the allowed tokens' bits
+        set.
+        """
         hidden = self._hidden
         assert hidden is not None, "sample() needs a forward()"
         prompt_scores = self._score_prompts(step, hidden)
@@ -216,8 +210,8 @@ class Worker:
 def allocate_cache(
     specs: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of every layer: [num_blocks, num_kv_heads, block_size, head_dim]. Zeroed: pages are touched now, not
-    under load, and no kernel ever reads a NaN of somebody else's.
+    """Keys and values of every layer: [num_blocks, num_kv_heads, block_size, head_dim]. Zeroed: pages are touched now,
+    not under load, and no kernel ever reads a NaN of somebody else's.
     """
     return [
         tuple(  # type: ignore[misc]

@@ -1,9 +1,9 @@
 """The pool of key–value cache blocks: who uses which, what the free ones still hold, and which goes next.
 
 A block is `block_size` consecutive token positions of one sequence, in every layer. Blocks that are full have an
-identity, the hash chain of `prefix.py`, and can be shared by sequences that begin alike. A free block keeps its contents
-and its identity until it is handed out again, least recently used first: the whole free pool is the prefix cache (Kwon
-et al. 2023, PagedAttention, section 4.3; Zheng et al. 2024, SGLang, section 3, for the reuse).
+identity, the hash chain of `prefix.py`, and can be shared by sequences that begin alike. A free block keeps its
+contents and its identity until it is handed out again, least recently used first: the whole free pool is the prefix
+cache (Kwon et al. 2023, PagedAttention, section 4.3; Zheng et al. 2024, SGLang, section 3, for the reuse).
 """
 
 from __future__ import annotations
