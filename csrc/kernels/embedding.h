@@ -12,9 +12,11 @@ INLINE void unpack_row(const Weight& w, int64_t row, float* to) {
     const int64_t column = row % PANEL;
     if (w.dtype == INT8) {
         const bf16* scales = reinterpret_cast<const bf16*>(w.scales) + row / PANEL * (w.k_padded / w.group) * PANEL;
-        for (int64_t k = 0; k < w.k; ++k) {
-            const int8_t q = reinterpret_cast<const int8_t*>(panel)[k / 4 * 4 * PANEL + column * 4 + k % 4];
-            to[k] = q * scalar(scales + k / w.group * PANEL + column);
+        const int8_t* values = reinterpret_cast<const int8_t*>(panel) + column * 4;
+        for (int64_t start = 0; start < w.k; start += w.group) {
+            const float scale = scalar(scales + start / w.group * PANEL + column);
+            for (int64_t k = start; k < min(w.k, start + w.group); ++k)
+                to[k] = values[k / 4 * 4 * PANEL + k % 4] * scale;
         }
     } else if (w.dtype == BF16) {
         for (int64_t k = 0; k < w.k; ++k)

@@ -17,7 +17,7 @@ namespace TRINE_ISA {
 constexpr int MAX_ROWS = 6;
 constexpr int PANEL_VECTORS = PANEL / W;
 constexpr int64_t K_BLOCK = W == 8 ? 448 : 256;  // a slice of panels as floats: 28 or 32 KiB of first-level cache
-constexpr int64_t BLOCKS_PER_TASK = 24;          // 24 x 6 rows x 256 floats of x: a part of the second-level cache
+constexpr int64_t ROWS_PER_TASK = 144;   // whose x, K_BLOCK deep, takes a part of the second-level cache
 constexpr int64_t ROWS_PER_PASS = 576;           // packed at a time
 constexpr int64_t WIDEN_ROWS = 18;               // from here on widening a slice once pays
 constexpr int64_t MAX_PANELS_PER_TASK = 8;
@@ -129,10 +129,10 @@ INLINE void block_of_rows(const X& x, int64_t rows, const char* const* b, int64_
     functions[rows - 1](x, b, panels, k, c, ldc, accumulate);
 }
 
-// Rows cut into blocks of at most MAX_ROWS and of nearly the same size (8 rows are 4 + 4, not 6 + 2).
+// Rows cut into blocks of at most `largest` and of nearly the same size (8 rows are 4 + 4, not 6 + 2).
 struct Blocks {
     int64_t rows, count;
-    explicit Blocks(int64_t rows) : rows(rows), count(ceil_div(rows, MAX_ROWS)) {}
+    Blocks(int64_t rows, int64_t largest) : rows(rows), count(ceil_div(rows, largest)) {}
     int64_t first(int64_t i) const { return i * (rows / count) + min(i, rows % count); }
 };
 
@@ -140,7 +140,7 @@ struct Blocks {
 template <class B>
 static void gemm(const float* x, int64_t stride, int64_t rows, const char* const* b, int64_t panels, int64_t k,
                  float* c, int64_t ldc, bool accumulate) {
-    const Blocks blocks(rows);
+    const Blocks blocks(rows, MAX_ROWS);
     for (int64_t i = 0; i < blocks.count; ++i) {
         const int64_t row = blocks.first(i), size = blocks.first(i + 1) - row;
         block_of_rows<ByRow, B>({x + row * stride, stride}, size, b, panels, k, c + row * ldc, ldc, accumulate);
@@ -157,10 +157,10 @@ struct LinearJob {
     int64_t blocks_per_task, row_tasks;
     int64_t out_panels, panels_per_task, panel_tasks;
 
-    LinearJob(const LinearArgs& args, int64_t first_row, int64_t rows)
-        : args(&args), first_row(first_row), blocks(rows), x(nullptr) {
+    LinearJob(const LinearArgs& args, int64_t first_row, int64_t rows, int64_t largest_block)
+        : args(&args), first_row(first_row), blocks(rows, largest_block), x(nullptr) {
         out_panels = args.silu_mul ? args.weight->panels / 2 : args.weight->panels;
-        row_tasks = ceil_div(blocks.count, BLOCKS_PER_TASK);
+        row_tasks = ceil_div(rows, ROWS_PER_TASK);
         blocks_per_task = ceil_div(blocks.count, row_tasks);
         // Some six tasks a thread, so that a thread that falls behind is helped, but long runs of memory.
         const int64_t wanted = out_panels * row_tasks / (num_threads() * 6);
@@ -218,6 +218,25 @@ INLINE void write_out_any(const LinearJob& job, const LinearTask& task, const fl
     with_type(job.args->x_dtype, [&](auto x) {
         with_type(job.args->out_dtype, [&](auto out) { write_out<decltype(x), decltype(out)>(job, task, c, ldc); });
     });
+}
+
+// task(index) for all tasks, on all threads if there is enough to do.
+template <class Task>
+INLINE void run_tasks(const LinearJob& job, const Task& task) {
+    const int64_t tasks = job.row_tasks * job.panel_tasks;
+    if (job.blocks.rows * job.args->weight->k_padded * job.args->weight->n < SERIAL_WORK)
+        for (int64_t i = 0; i < tasks; ++i) task(i);
+    else
+        parallel(tasks, task);
+}
+
+// prepare(index) for all blocks of rows, on all threads if there is enough to do.
+template <class Prepare>
+INLINE void over_blocks(const LinearJob& job, const Prepare& prepare) {
+    if (job.blocks.rows * job.args->weight->k > 128 * 1024)
+        parallel(job.blocks.count, prepare);
+    else
+        for (int64_t i = 0; i < job.blocks.count; ++i) prepare(i);
 }
 
 // Few rows: every weight is widened in registers as it is used.
@@ -299,34 +318,25 @@ static void pack_block(const T* x, int64_t stride, int64_t rows, int64_t k, int6
 static void pack_rows(const LinearJob& job, float* to) {
     const LinearArgs& args = *job.args;
     const int64_t k = args.weight->k, k_padded = args.weight->k_padded;
-    const auto one = [&](int64_t i) {
+    over_blocks(job, [&](int64_t i) {
         const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
         with_type(args.x_dtype, [&](auto type) {
             const auto* x = static_cast<const decltype(type)*>(args.x) + (job.first_row + row) * args.x_stride;
             pack_block(x, args.x_stride, size, k, k_padded, to + row * k_padded);
         });
-    };
-    if (job.blocks.rows * k > 128 * 1024)
-        parallel(job.blocks.count, one);
-    else
-        for (int64_t i = 0; i < job.blocks.count; ++i) one(i);
+    });
 }
 
 template <class B>
 static void linear_of(const LinearArgs& args) {
     const int64_t k = args.weight->k_padded;
     for (int64_t row = 0; row < args.rows; row += ROWS_PER_PASS) {
-        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row));
+        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row), MAX_ROWS);
         float* x = static_cast<float*>(scratch(SCRATCH_INPUT, job.blocks.rows * k * sizeof(float)));
         pack_rows(job, x);
         job.x = x;
         const bool wide = job.blocks.rows >= WIDEN_ROWS;
-        const auto run = [&](int64_t i) { wide ? wide_task<B>(job, i) : narrow_task<B>(job, i); };
-        const int64_t tasks = job.row_tasks * job.panel_tasks;
-        if (job.blocks.rows * k * args.weight->n < SERIAL_WORK)
-            for (int64_t i = 0; i < tasks; ++i) run(i);
-        else
-            parallel(tasks, run);
+        run_tasks(job, [&](int64_t i) { wide ? wide_task<B>(job, i) : narrow_task<B>(job, i); });
     }
 }
 

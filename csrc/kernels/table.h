@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "embedding.h"
+#include "int8.h"
 #include "linear.h"
 #include "prepare_qkv.h"
 #include "probe.h"
@@ -11,7 +12,7 @@
 namespace trine {
 namespace TRINE_ISA {
 
-static void linear(const LinearArgs& args) { linear_float(args); }
+static void linear(const LinearArgs& args) { args.weight->dtype == INT8 ? linear_int8(args) : linear_float(args); }
 
 static constexpr Kernels table(const char* name) {
     return Kernels{name,      linear,    norm,   silu_mul,   gelu,      prepare_qkv,

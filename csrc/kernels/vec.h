@@ -83,6 +83,23 @@ INLINE void store(bf16* p, vf x) {
     rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1i(0x7fc00000));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
+
+// Integer products for int8 weights: 2 W weights as 16-bit integers, each panel's in PANEL_INT_VECTORS vectors.
+INLINE vi widen_int8(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void storei(void* p, vi x) { _mm512_storeu_si512(p, x); }
+INLINE vi zeroi() { return _mm512_setzero_si512(); }
+INLINE vi broadcast64(const void* p) { return _mm512_set1_epi64(*static_cast<const int64_t*>(p)); }
+INLINE vi dot_pairs(vi sum, vi a, vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
+// Neighbouring lanes added: the 16 sums of a panel from two vectors.
+INLINE void add_neighbours(const vi* sums, vi* out) {
+    const vi even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const vi odd = _mm512_add_epi32(even, set1i(1));
+    out[0] = _mm512_add_epi32(_mm512_permutex2var_epi32(sums[0], even, sums[1]),
+                              _mm512_permutex2var_epi32(sums[0], odd, sums[1]));
+}
+INLINE vi to_int(vf x) { return _mm512_cvtps_epi32(x); }
+INLINE void store_int16(int16_t* p, vi x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(x)); }
+
 INLINE vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store(f16* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 
@@ -147,6 +164,23 @@ INLINE void store(bf16* p, vf x) {
     _mm_storeu_si128((__m128i*)p,
                      _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
 }
+
+INLINE vi widen_int8(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void storei(void* p, vi x) { _mm256_storeu_si256((__m256i*)p, x); }
+INLINE vi zeroi() { return _mm256_setzero_si256(); }
+INLINE vi broadcast64(const void* p) { return _mm256_set1_epi64x(*static_cast<const int64_t*>(p)); }
+INLINE vi dot_pairs(vi sum, vi a, vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+// Neighbouring lanes added: the 16 sums of a panel from four vectors.
+INLINE void add_neighbours(const vi* sums, vi* out) {
+    out[0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[0], sums[1]), 0xd8);
+    out[1] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[2], sums[3]), 0xd8);
+}
+INLINE vi to_int(vf x) { return _mm256_cvtps_epi32(x); }
+INLINE void store_int16(int16_t* p, vi x) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+
 INLINE vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 INLINE void store(f16* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 

@@ -66,10 +66,10 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
 def pack_int8(weight: torch.Tensor, group_size: int = GROUP) -> PackedWeight:
     """Round `weight` [N, K] to 8-bit integers, symmetrically, with a bfloat16 scale for each `group_size` neighbours.
 
-    group_size is a multiple of 64.
+    group_size is a multiple of 64, at most 512.
     """
-    if group_size < 64 or group_size % 64:
-        raise ValueError(f"group_size={group_size}: it must be a multiple of 64")
+    if group_size % 64 or not 64 <= group_size <= 512:
+        raise ValueError(f"group_size={group_size}: it must be a multiple of 64 from 64 to 512")
     return _pack(weight, torch.int8, group_size)
 
 
