@@ -134,6 +134,15 @@ def measure_speed(report: Report, shape: str, profiled: bool) -> None:
             elapsed = time.perf_counter() - start
             report.show("speed", f"{shape} {name}", output_tok_s=requests * count / elapsed,
                  total_tok_s=requests * (length + count) / elapsed)  # fmt: skip
+        prompts = [{"prompt_token_ids": list(range(1000, 1000 + length))} for length in (3, 50, 129, 300)]
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+        for own in (prompts[:1], prompts):
+            replayed = [out.outputs[0].token_ids for out in llm.generate(own, params)]
+            with without_graphs():
+                same = replayed == [out.outputs[0].token_ids for out in llm.generate(own, params)]
+            report.show("speed", f"{shape} {len(own)} sequences", graphs_change_nothing=same)
+            if not same:
+                report.fail(f"{shape}: tokens with and without graphs differ")
         if profiled:
             profile(report, llm, shape)
 

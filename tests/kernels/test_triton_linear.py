@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from trine.kernels import reference
-from trine.kernels.triton.small_linear import small_linear
+from trine.kernels.triton.small_linear import linear, small_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,3 +40,12 @@ def test_float8_weights(rows: int) -> None:
 def test_too_many_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="5 rows"):
         small_linear(torch.zeros(5, 64, device=DEVICE), torch.zeros(8, 64, device=DEVICE))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_linear_takes_any_number_of_rows(rows: int) -> None:
+    x = torch.randn(rows, 96).to(torch.float16).to(DEVICE)
+    weight, bias = (torch.randn(shape).to(torch.float16).to(DEVICE) for shape in ((20, 96), (20,)))
+    actual = linear(x, weight, bias, torch.float32)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, reference.linear(x, weight, bias).float(), rtol=1e-2, atol=1e-2)

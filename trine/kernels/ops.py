@@ -99,7 +99,9 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
 
 
 def _owner(weight: Weight) -> ModuleType:
-    """The module that reads `weight`: a plain tensor and the reference's own integers are the reference's."""
+    """The module that reads `weight`: a plain tensor on a CPU and the reference's own integers are the reference's."""
+    if isinstance(weight, torch.Tensor) and weight.is_cuda and not _reference_only:
+        return import_module("trine.kernels.triton")
     if isinstance(weight, (torch.Tensor, reference.Int8Weight)):
         return reference
     native = _native()
@@ -118,7 +120,7 @@ def linear(
 def linear_silu_mul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`, in one pass where the back end can: [T, K] to [T, I], weight [2I, K]."""
     if isinstance(weight, torch.Tensor):
-        return silu_mul(reference.linear(x, weight, bias))
+        return silu_mul(linear(x, weight, bias))
     return cast(torch.Tensor, _owner(weight).linear_silu_mul(x, weight, bias))
 
 

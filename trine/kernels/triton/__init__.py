@@ -4,15 +4,19 @@ Inside this package `import triton` is the compiler of that name. Its interprete
 here on CPU tensors, which is how the tests run where there is no GPU.
 """
 
+from trine.kernels.reference import embedding
 from trine.kernels.triton.activation import gelu, silu_mul
 from trine.kernels.triton.attention import paged_attention, supports
 from trine.kernels.triton.norm import add_rms_norm, layer_norm, rms_norm
 from trine.kernels.triton.qkv import prepare_qkv
+from trine.kernels.triton.small_linear import linear
 
 __all__ = [
     "add_rms_norm",
+    "embedding",
     "gelu",
     "layer_norm",
+    "linear",
     "paged_attention",
     "prepare_qkv",
     "rms_norm",

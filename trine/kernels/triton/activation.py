@@ -8,11 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
+from trine.kernels.triton.device import early_launch, wait_for_inputs
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, y_ptr, row_stride, size, block: tl.constexpr):
+def _silu_mul_kernel(gate_up_ptr, y_ptr, row_stride, size, block: tl.constexpr, early: tl.constexpr):
+    wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < size
@@ -23,7 +26,8 @@ def _silu_mul_kernel(gate_up_ptr, y_ptr, row_stride, size, block: tl.constexpr):
 
 
 @triton.jit
-def _gelu_kernel(x_ptr, y_ptr, count, tanh: tl.constexpr, block: tl.constexpr):
+def _gelu_kernel(x_ptr, y_ptr, count, tanh: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
+    wait_for_inputs(early)
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = offsets < count
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -42,7 +46,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     y = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         grid = (num_rows, triton.cdiv(size, _BLOCK))
-        _silu_mul_kernel[grid](gate_up, y, gate_up.stride(0), size, block=_BLOCK, num_warps=4)
+        _silu_mul_kernel[grid](gate_up, y, gate_up.stride(0), size, block=_BLOCK, num_warps=4, **early_launch(y.device))
     return y
 
 
@@ -52,5 +56,7 @@ def gelu(x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor:
     y = torch.empty_like(x)
     if x.numel():
         grid = (triton.cdiv(x.numel(), _BLOCK),)
-        _gelu_kernel[grid](x, y, x.numel(), tanh=approximate == "tanh", block=_BLOCK, num_warps=4)
+        _gelu_kernel[grid](
+            x, y, x.numel(), tanh=approximate == "tanh", block=_BLOCK, num_warps=4, **early_launch(y.device)
+        )
     return y

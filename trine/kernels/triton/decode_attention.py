@@ -1,10 +1,14 @@
 """Attention of sequences with one new token each: flash-decoding over the paged cache (Dao et al. 2023).
 
-Bound by memory: every key and value is read once, for all query heads of its group together. A sequence is cut into
-pieces of a size that follows from its own length, so that its result does not depend on its neighbours. A fixed number
-of programs takes the pieces (sequence, piece, key-value head) in turn: the grid does not depend on the lengths, which
-are read on the device, so a captured graph serves any lengths. The program that finishes a sequence's last piece
-merges them, always in the same order.
+Roofline: every key and value is read once, for all query heads of its group together, so it is bound by memory: 4 * D
+bytes for each position and key-value head in 16-bit types.
+
+A sequence is cut into pieces of a size that follows from its own length alone. Programs (sequence and key-value head,
+run) take a run of neighbouring pieces each. With many sequences one run takes all; with few, pieces are spread over as
+many programs as fill the card, and the program that comes last merges them. Either way the pieces are computed alike
+and added up in order, and what they are scaled by are powers of two, which is exact: a row's result does not depend on
+how many rows there are. The grid follows from the number of sequences, and lengths are read on the device, so that a
+captured graph serves any lengths.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trine.kernels.triton.device import num_multiprocessors, sequences_block
+from trine.kernels.triton.device import early_launch, num_multiprocessors, wait_for_inputs
 from trine.kernels.types import PagedBatch
 
 LOG2_E = 1.4426950408889634
@@ -24,135 +28,147 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class DecodeTuning:
-    """The free choices of the kernel. They change its speed and, in the last bits, its rounding."""
+    """The free choices of the kernel. The first three change the rounding of results; the others only speed."""
 
     kv_block: int = 64  # positions a step of the inner loop
-    min_piece: int = 64  # positions of a piece are a multiple of this ...
+    min_piece: int = 128  # positions of a piece are a multiple of this ...
     max_pieces: int = 32  # ... the smallest one that cuts the sequence into no more pieces than this
-    programs_per_sm: int = 4
+    programs_per_sm: int = 3  # with fewer, pieces are spread
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
 
 
 @triton.jit
 def _merge(
     m_ptr, sums_ptr, acc_ptr, out_ptr, num_pieces, group: tl.constexpr, head_dim: tl.constexpr,
-    max_pieces: tl.constexpr, merge_block: tl.constexpr, group_block: tl.constexpr, dim_block: tl.constexpr,
+    max_pieces: tl.constexpr, ahead: tl.constexpr, group_block: tl.constexpr, dim_block: tl.constexpr,
 ):  # fmt: skip
-    """Combine the pieces of one sequence and key-value head, and write its `group` output rows.
+    """Add up the pieces of one sequence and key-value head in order, and write its `group` output rows.
 
-    A piece has its scores' largest value m, the sum of exp2(score - m) and the values weighted so, acc [head_dim].
-    The loads go around the first-level cache: other programs wrote what is read.
+    A piece has a whole number m not below its scores, the sum of exp2(score - m) and the values weighted so, acc
+    [head_dim]. Loads go around the first-level cache, since other programs wrote what they read, and are issued `ahead`
+    pieces at a time.
     """
     heads = tl.arange(0, group_block)
     dims = tl.arange(0, dim_block)
-    every = tl.arange(0, max_pieces)
-    known = (every < num_pieces)[:, None] & (heads < group)[None, :]
-    tops = tl.load(m_ptr + every[:, None] * group + heads[None, :], mask=known, other=-1e30, cache_modifier=".cg")
+    pieces = tl.arange(0, max_pieces)
+    known = (pieces < num_pieces)[:, None] & (heads < group)[None, :]
+    tops = tl.load(m_ptr + pieces[:, None] * group + heads[None, :], mask=known, other=-1e30, cache_modifier=".cg")
     top = tl.max(tops, 0)
     total = tl.zeros([group_block], tl.float32)
     acc = tl.zeros([group_block, dim_block], tl.float32)
-    for first in range(0, num_pieces, merge_block):
-        pieces = first + tl.arange(0, merge_block)
-        present = (pieces < num_pieces)[:, None] & (heads < group)[None, :]
-        rows = pieces[:, None] * group + heads[None, :]
-        m = tl.load(m_ptr + rows, mask=present, other=-1e30, cache_modifier=".cg")
-        sums = tl.load(sums_ptr + rows, mask=present, other=0.0, cache_modifier=".cg")
-        weight = tl.where(present, tl.exp2(m - top[None, :]), 0.0)
-        total += tl.sum(weight * sums, 0)
-        part = tl.load(
-            acc_ptr + rows[:, :, None] * head_dim + dims[None, None, :],
-            mask=present[:, :, None] & (dims < head_dim)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        acc += tl.sum(weight[:, :, None] * part, 0)
-    inside = (heads < group)[:, None] & (dims < head_dim)[None, :]
+    for first in range(0, num_pieces, ahead):
+        for next in tl.static_range(ahead):
+            piece = first + next
+            row = piece * group + heads
+            present = heads < tl.where(piece < num_pieces, group, 0)
+            m = tl.load(m_ptr + row, mask=present, other=-1e30, cache_modifier=".cg")
+            sums = tl.load(sums_ptr + row, mask=present, other=0.0, cache_modifier=".cg")
+            part = tl.load(
+                acc_ptr + row[:, None] * head_dim + dims[None, :],
+                mask=present[:, None] & (dims < head_dim)[None, :], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            weight = tl.exp2(m - top)
+            total += weight * sums
+            acc += weight[:, None] * part
     total = tl.where(heads < group, total, 1.0)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    inside = (heads < group)[:, None] & (dims < head_dim)[None, :]
     tl.store(out_ptr + heads[:, None] * head_dim + dims[None, :], out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window", "table_stride"])
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr, out_ptr, m_ptr, sums_ptr, acc_ptr, arrivals_ptr,
-    num_sequences, num_kv_heads, window, scale,
-    table_stride, cache_block_stride, cache_head_stride, cache_token_stride,
-    has_window: tl.constexpr, block_size: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr,
+    num_kv_heads, window, scale, table_stride, cache_block_stride, cache_head_stride, cache_token_stride,
+    spread: tl.constexpr, has_window: tl.constexpr, early: tl.constexpr,
+    block_size: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr,
     kv_block: tl.constexpr, min_piece: tl.constexpr, max_pieces: tl.constexpr,
-    group_block: tl.constexpr, merge_group_block: tl.constexpr, merge_block: tl.constexpr,
-    dim_block: tl.constexpr, sequences_block: tl.constexpr,
+    group_block: tl.constexpr, merge_group_block: tl.constexpr, ahead: tl.constexpr, dim_block: tl.constexpr,
 ):  # fmt: skip
-    """Take pieces `program`, `program + programs`, ... of all sequences' pieces times key-value heads."""
-    sequences = tl.arange(0, sequences_block)
-    lengths = tl.load(seq_lens_ptr + sequences, mask=sequences < num_sequences, other=0)
+    """Program (unit, run): the run-th part of the pieces of sequence unit // Hkv and key-value head unit % Hkv."""
+    wait_for_inputs(early)
+    unit = tl.program_id(0)
+    sequence = unit // num_kv_heads
+    head = unit % num_kv_heads
+    length = tl.load(seq_lens_ptr + sequence)
+    begin = 0
     if has_window:
-        lengths = tl.minimum(lengths, window)
-    piece_sizes = tl.maximum(tl.cdiv(lengths, max_pieces * min_piece), 1) * min_piece
-    ends = tl.cumsum(tl.cdiv(lengths, piece_sizes), 0)
-    total = tl.max(ends, 0) * num_kv_heads
+        begin = tl.maximum(length - window, 0)
+    piece_size = tl.cdiv(length - begin, max_pieces * min_piece) * min_piece
+    num_pieces = tl.cdiv(length - begin, piece_size)
+    pieces_a_run = tl.cdiv(num_pieces, tl.num_programs(1))
+    first_piece = tl.program_id(1) * pieces_a_run
+    if first_piece >= num_pieces:
+        return
+    start = begin + first_piece * piece_size
+    stop = tl.minimum(start + pieces_a_run * piece_size, length)
 
     rows = tl.arange(0, group_block)
     dims = tl.arange(0, dim_block)
+    first_row = unit.to(tl.int64) * group
     q_mask = (rows < group)[:, None] & (dims < head_dim)[None, :]
-    for item in range(tl.program_id(0), total, tl.num_programs(0)):
-        unit = item // num_kv_heads
-        head = item % num_kv_heads
-        sequence = tl.sum((ends <= unit).to(tl.int32), 0)
-        piece = unit - tl.max(tl.where(ends <= unit, ends, 0), 0)
-        length = tl.load(seq_lens_ptr + sequence)
-        begin = 0
-        if has_window:
-            begin = tl.maximum(length - window, 0)
-        piece_size = tl.maximum(tl.cdiv(length - begin, max_pieces * min_piece), 1) * min_piece
-        num_pieces = tl.cdiv(length - begin, piece_size)
-        start = begin + piece * piece_size
-        stop = tl.minimum(start + piece_size, length)
+    q = tl.load(q_ptr + (first_row + rows)[:, None] * head_dim + dims[None, :], mask=q_mask, other=0.0)
+    table_row_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
+    head_offset = head.to(tl.int64) * cache_head_stride
+    pieces_row = unit.to(tl.int64) * max_pieces
+    m = tl.full([group_block], -1e30, tl.float32)
+    sums = tl.zeros([group_block], tl.float32)
+    acc = tl.zeros([group_block, dim_block], tl.float32)
+    total_m = tl.full([group_block], -1e30, tl.float32)
+    total_sums = tl.zeros([group_block], tl.float32)
+    total_acc = tl.zeros([group_block, dim_block], tl.float32)
+    for position in range(start, stop, kv_block):
+        positions = position + tl.arange(0, kv_block)
+        visible = positions < stop
+        block = tl.load(table_row_ptr + positions // block_size, mask=visible, other=0).to(tl.int64)
+        offset = block * cache_block_stride + head_offset + (positions % block_size) * cache_token_stride
+        kv_mask = visible[:, None]
+        if head_dim < dim_block:
+            kv_mask = kv_mask & (dims < head_dim)[None, :]
+        k = tl.load(k_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(v_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(visible[None, :], scores, -float("inf"))
+        new_m = tl.maximum(m, tl.ceil(tl.max(scores, 1)))  # whole, so that what follows scales by powers of two
+        p = tl.exp2(scores - new_m[:, None])
+        rescale = tl.exp2(m - new_m)
+        sums = sums * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        m = new_m
 
-        first_row = (sequence * num_kv_heads + head).to(tl.int64) * group
-        q = tl.load(q_ptr + (first_row + rows)[:, None] * head_dim + dims[None, :], mask=q_mask, other=0.0)
-        table_row_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
-        head_offset = head.to(tl.int64) * cache_head_stride
-        m = tl.full([group_block], -1e30, tl.float32)
-        sums = tl.zeros([group_block], tl.float32)
-        acc = tl.zeros([group_block, dim_block], tl.float32)
-        for position in range(start, stop, kv_block):
-            positions = position + tl.arange(0, kv_block)
-            visible = positions < stop
-            block = tl.load(table_row_ptr + positions // block_size, mask=visible, other=0).to(tl.int64)
-            offset = block * cache_block_stride + head_offset + (positions % block_size) * cache_token_stride
-            kv_mask = visible[:, None]
-            if head_dim < dim_block:
-                kv_mask = kv_mask & (dims < head_dim)[None, :]
-            k = tl.load(k_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-            v = tl.load(v_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where(visible[None, :], scores, -float("inf"))
-            new_m = tl.maximum(m, tl.max(scores, 1))
-            p = tl.exp2(scores - new_m[:, None])
-            rescale = tl.exp2(m - new_m)
-            sums = sums * rescale + tl.sum(p, 1)
-            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            m = new_m
-
-        if num_pieces == 1:
-            out = (acc / sums[:, None]).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + (first_row + rows)[:, None] * head_dim + dims[None, :], out, mask=q_mask)
+        piece = (position - begin) // piece_size
+        ends = (position + kv_block >= stop) | ((position - begin + kv_block) % piece_size == 0)
+        if spread:
+            if ends:
+                row = (pieces_row + piece) * group + rows
+                tl.store(m_ptr + row, m, mask=rows < group)
+                tl.store(sums_ptr + row, sums, mask=rows < group)
+                tl.store(acc_ptr + row[:, None] * head_dim + dims[None, :], acc, mask=q_mask)
         else:
-            pieces_row = (sequence * num_kv_heads + head).to(tl.int64) * max_pieces
-            row = (pieces_row + piece) * group + rows
-            tl.store(m_ptr + row, m, mask=rows < group)
-            tl.store(sums_ptr + row, sums, mask=rows < group)
-            tl.store(acc_ptr + row[:, None] * head_dim + dims[None, :], acc, mask=q_mask)
-            tl.debug_barrier()  # all of this program's stores come before its arrival
-            arrival_ptr = arrivals_ptr + sequence * num_kv_heads + head
-            if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_pieces - 1:
-                _merge(
-                    m_ptr + pieces_row * group, sums_ptr + pieces_row * group, acc_ptr + pieces_row * group * head_dim,
-                    out_ptr + first_row * head_dim, num_pieces, group, head_dim,
-                    max_pieces, merge_block, merge_group_block, dim_block,
-                )  # fmt: skip
-                tl.store(arrival_ptr, 0)  # ready for the next launch
+            kept = tl.where(ends, m, -1e30)
+            new_total_m = tl.maximum(total_m, kept)
+            old, new = tl.exp2(total_m - new_total_m), tl.exp2(kept - new_total_m)
+            total_sums = total_sums * old + sums * new
+            total_acc = total_acc * old[:, None] + acc * new[:, None]
+            total_m = new_total_m
+        m = tl.where(ends, -1e30, m)
+        sums = tl.where(ends, 0.0, sums)
+        acc = tl.where(ends, 0.0, acc)
+
+    if spread:
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        arrival_ptr = arrivals_ptr + unit
+        if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == tl.cdiv(num_pieces, pieces_a_run) - 1:
+            _merge(
+                m_ptr + pieces_row * group, sums_ptr + pieces_row * group, acc_ptr + pieces_row * group * head_dim,
+                out_ptr + first_row * head_dim, num_pieces, group, head_dim,
+                max_pieces, ahead, merge_group_block, dim_block,
+            )  # fmt: skip
+            tl.store(arrival_ptr, 0)  # ready for the next launch
+    else:
+        out = (total_acc / total_sums[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (first_row + rows)[:, None] * head_dim + dims[None, :], out, mask=q_mask)
 
 
 @cache
@@ -174,16 +190,18 @@ def decode_attention(
     """Attention of the first `batch.num_decodes` rows of q [T, Hq, D] into those of out [T, Hq * D]."""
     tuning = tuning or DecodeTuning()
     _, num_heads, head_dim = q.shape
-    num_sequences = batch.num_decodes
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     dim_block = max(triton.next_power_of_2(head_dim), 16)
     merge_group_block = triton.next_power_of_2(group)
-    units = num_sequences * num_kv_heads
-    stats = torch.empty((2, units, tuning.max_pieces, group), dtype=torch.float32, device=q.device)
-    acc = torch.empty((units, tuning.max_pieces, group, head_dim), dtype=torch.float32, device=q.device)
-    programs = min(num_multiprocessors(q.device) * tuning.programs_per_sm, units * tuning.max_pieces)
-    _decode_kernel[(programs,)](
+    units = batch.num_decodes * num_kv_heads
+    wanted = num_multiprocessors(q.device) * tuning.programs_per_sm
+    runs = min(triton.cdiv(wanted, units), tuning.max_pieces)
+    spread = runs > 1
+    pieces = units * tuning.max_pieces if spread else 0
+    stats = torch.empty((2, pieces, group), dtype=torch.float32, device=q.device)
+    acc = torch.empty((pieces, group, head_dim), dtype=torch.float32, device=q.device)
+    _decode_kernel[(units, runs)](
         q,
         k_cache,
         v_cache,
@@ -194,7 +212,6 @@ def decode_attention(
         stats[1],
         acc,
         _arrivals(q.device, max(65536, triton.next_power_of_2(units))),
-        num_sequences,
         num_kv_heads,
         sliding_window or 0,
         scale * LOG2_E,
@@ -202,6 +219,7 @@ def decode_attention(
         k_cache.stride(0),
         k_cache.stride(1),
         k_cache.stride(2),
+        spread=spread,
         has_window=sliding_window is not None,
         block_size=block_size,
         group=group,
@@ -211,9 +229,9 @@ def decode_attention(
         max_pieces=tuning.max_pieces,
         group_block=max(merge_group_block, 16),
         merge_group_block=merge_group_block,
-        merge_block=min(max(8192 // (merge_group_block * dim_block), 1), tuning.max_pieces),
+        ahead=4,
         dim_block=dim_block,
-        sequences_block=sequences_block(num_sequences),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **early_launch(q.device),
     )

@@ -6,12 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from trine.kernels.triton.device import early_launch, wait_for_inputs
+
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, x_stride, residual_stride, size, eps, add: tl.constexpr, block: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, y_ptr, x_stride, residual_stride, size, eps,
+    add: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
     """y = norm(x), or with `add`: residual += x, then y = norm(residual). The sum is rounded before it is normed."""
+    wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < size
@@ -28,7 +32,10 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, size, eps, block: tl.constexpr):
+def _layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, size, eps, block: tl.constexpr, early: tl.constexpr
+):
+    wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < size
@@ -71,6 +78,7 @@ def _launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: tor
             add=residual is not None,
             block=block,
             num_warps=_warps(block),
+            **early_launch(x.device),
         )
     return y.view(x.shape)
 
@@ -95,6 +103,15 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     block = triton.next_power_of_2(size)
     if num_rows:
         _layer_norm_kernel[(num_rows,)](
-            rows, weight, bias, y, rows.stride(0), size, eps, block=block, num_warps=_warps(block)
+            rows,
+            weight,
+            bias,
+            y,
+            rows.stride(0),
+            size,
+            eps,
+            block=block,
+            num_warps=_warps(block),
+            **early_launch(x.device),
         )
     return y.view(x.shape)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from trine.kernels.triton.decode_attention import LOG2_E
-from trine.kernels.triton.device import cdiv, sequences_block
+from trine.kernels.triton.device import cdiv, early_launch, sequences_block, wait_for_inputs
 from trine.kernels.types import PagedBatch
 
 
@@ -25,7 +25,7 @@ class PrefillTuning:
     """The free choices of the kernel. They change its speed and, in the last bits, its rounding."""
 
     row_block: int = 128  # query rows (tokens times heads of the group) of a program
-    kv_block: int = 64  # positions a step of the inner loop
+    kv_block: int = 128  # positions a step of the inner loop
     num_warps: int = 8
     num_stages: int = 2
 
@@ -78,8 +78,10 @@ def _prefill_kernel(
     table_stride, cache_block_stride, cache_head_stride, cache_token_stride,
     has_window: tl.constexpr, block_size: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr,
     row_block: tl.constexpr, kv_block: tl.constexpr, dim_block: tl.constexpr, sequences_block: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """Program (i, h): the i-th tile from the end, of the sequences' tiles of `row_block // group` tokens; head h."""
+    wait_for_inputs(early)
     tokens_block: tl.constexpr = row_block // group
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles have the most keys: they start first
     head = tl.program_id(1)
@@ -179,4 +181,5 @@ def prefill_attention(
         sequences_block=sequences_block(num_sequences),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **early_launch(q.device),
     )

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trine.kernels.triton.device import early_launch, wait_for_inputs
+
 _TILE = 1024  # elements of a program: several heads of one token
 
 
@@ -75,8 +77,10 @@ def _prepare_qkv_kernel(
     has_k_norm: tl.constexpr,
     heads_block: tl.constexpr,
     dim_block: tl.constexpr,
+    early: tl.constexpr,
 ):
     """Program (t, j): the j-th block of heads of token t, counted over the queries', the keys' and the values'."""
+    wait_for_inputs(early)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     num_q_parts = tl.cdiv(num_heads, heads_block)
@@ -164,5 +168,6 @@ def prepare_qkv(
         heads_block=heads_block,
         dim_block=dim_block,
         num_warps=2,
+        **early_launch(qkv.device),
     )
     return q

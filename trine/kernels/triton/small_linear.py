@@ -9,12 +9,14 @@ is small. So a program's whole job is to have many bytes in flight: it asks for 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trine.kernels.triton.device import early_launch, wait_for_inputs
 
 MAX_ROWS = 4
-_TILE = 16384  # weights that a program has in flight
+_TILE_BYTES = 32768  # of weights that a program has in flight
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def _accumulate(
 def _small_linear_kernel(
     x_ptr, weight_ptr, scales_ptr, bias_ptr, y_ptr, inputs, outputs, x_stride, weight_stride, y_stride,
     num_rows: tl.constexpr, rows_block: tl.constexpr, has_scales: tl.constexpr, has_bias: tl.constexpr,
-    dependent: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
+    early: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
 ):  # fmt: skip
     """Program i: outputs i * row_block to (i + 1) * row_block of every row of x."""
     weight_rows = tl.program_id(0) * row_block + tl.arange(0, row_block)
@@ -43,9 +45,7 @@ def _small_linear_kernel(
     weight_row_ptr = weight_ptr + weight_rows.to(tl.int64)[:, None] * weight_stride
     columns = tl.arange(0, k_block)
     weight = tl.load(weight_row_ptr + columns[None, :], mask=present[:, None] & (columns < inputs)[None, :], other=0.0)
-    if dependent:
-        gdc_launch_dependents()
-        gdc_wait()
+    wait_for_inputs(early)
     acc = tl.zeros([rows_block, row_block], tl.float32)
     acc = _accumulate(acc, weight, x_ptr, x_stride, columns, inputs, num_rows, rows_block)
     for start in range(k_block, inputs, k_block):
@@ -68,22 +68,20 @@ def small_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
-    *,
-    dependent: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, for T of 1 to MAX_ROWS.
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`.
 
-    weight is of x's dtype, or float8 with `scales` [N] float32, one a row. `dependent` launches the kernel while the
-    one in front of it is still running (Hopper and later); its own reads of x and its writes wait for that one's end.
+    T is 1 to MAX_ROWS. weight is of x's dtype, or float8 with `scales` [N] float32, one a row. Nothing may write to it in the kernels just
+    before: with early launch it is read while they run.
     """
     num_rows, inputs = x.shape
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"{num_rows} rows: small_linear takes 1 to {MAX_ROWS}")
     outputs = weight.shape[0]
-    y = torch.empty((num_rows, outputs), dtype=x.dtype, device=x.device)
+    y = torch.empty((num_rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     k_block = min(triton.next_power_of_2(inputs), 4096)
-    row_block = min(_TILE // k_block, 8)
-    options = {"launch_pdl": True} if dependent else {}
+    row_block = min(_TILE_BYTES // weight.itemsize // k_block, 8)
     _small_linear_kernel[(triton.cdiv(outputs, row_block),)](
         x,
         weight,
@@ -99,10 +97,22 @@ def small_linear(
         rows_block=triton.next_power_of_2(num_rows),
         has_scales=scales is not None,
         has_bias=bias is not None,
-        dependent=dependent,
         row_block=row_block,
         k_block=k_block,
         num_warps=4,
-        **options,
+        **early_launch(x.device),
     )
     return y
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`.
+
+    One row of a 16-bit type is ours: the library reaches less of the memory's speed there. All else is the library's.
+    """
+    if x.shape[0] == 1 and x.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1:
+        return small_linear(x, weight, bias, out_dtype=out_dtype)
+    y = F.linear(x, weight, bias)
+    return y if out_dtype is None else y.to(out_dtype)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trine.kernels.triton.device import early_launch, wait_for_inputs
 from trine.kernels.types import PagedBatch
 
 _BLOCK = 1024
@@ -15,9 +16,10 @@ _BLOCK = 1024
 def _stage_kernel(
     token_ids_ptr, positions_ptr, slots_ptr, seq_lens_ptr, table_ptr,
     to_token_ids_ptr, to_positions_ptr, to_slots_ptr, to_seq_lens_ptr, to_table_ptr,
-    num_rows, width, source_stride, target_stride, block: tl.constexpr,
+    num_rows, width, source_stride, target_stride, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Program r fills row r: from row r of the sources, or past their end with one token in block 0."""
+    wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     used = tl.program_id(0) < num_rows
     source_width = tl.where(used, width, 0)
@@ -58,4 +60,5 @@ def stage_decode(token_ids: torch.Tensor, batch: PagedBatch, to_token_ids: torch
         to_batch.block_table.stride(0),
         block=_BLOCK,
         num_warps=4,
+        **early_launch(token_ids.device),
     )
