@@ -72,8 +72,8 @@ def small_linear(
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`.
 
-    T is 1 to MAX_ROWS. weight is of x's dtype, or float8 with `scales` [N] float32, one a row. Nothing may write to it in the kernels just
-    before: with early launch it is read while they run.
+    T is 1 to MAX_ROWS. weight is of x's dtype, or float8 with `scales` [N] float32, one a row. Nothing may write to it
+    in the kernels just before: with early launch it is read while they run.
     """
     num_rows, inputs = x.shape
     if not 1 <= num_rows <= MAX_ROWS:
