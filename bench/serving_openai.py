@@ -21,6 +21,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import dataclass
+from typing import cast
 
 import psutil
 import uvloop
@@ -74,13 +75,16 @@ class Client(asyncio.Protocol):
         self.first = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self.started = time.perf_counter()
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(self.request)
+        self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        if not self.chunks:
+        if not self.tail and not data.startswith(b"HTTP/1.1 200"):
+            self.done.set_exception(RuntimeError(data.decode("utf-8", "replace")))
+            self.transport.close()
+            return
+        if not self.chunks and b"data: " in data:
             self.first = time.perf_counter() - self.started
         self.chunks += data.count(b"data: ")
         self.tail = (self.tail + data)[-1200:]
