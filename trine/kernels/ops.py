@@ -39,6 +39,7 @@ def _set_reference_only(value: bool) -> None:
     _reference_only = value
     _native.cache_clear()
     backend.cache_clear()
+    _reader.cache_clear()
 
 
 @cache
@@ -51,18 +52,18 @@ def _native() -> ModuleType | None:
 
 
 @cache
-def backend(device_type: str, dtype: torch.dtype) -> Backend:
+def backend(on_gpu: bool, dtype: torch.dtype) -> Backend:
     """The module whose functions run on tensors of this kind."""
-    if device_type == "cuda" and not _reference_only:
+    if on_gpu and not _reference_only:
         return cast(Backend, import_module("trine.kernels.triton"))
-    native = _native() if device_type == "cpu" else None
+    native = None if on_gpu else _native()
     if native is not None and native.supports(dtype):
         return cast(Backend, native)
     return reference
 
 
 def _of(x: torch.Tensor) -> Backend:
-    return backend(x.device.type, x.dtype)
+    return backend(x.is_cuda, x.dtype)
 
 
 def set_num_threads(threads: int) -> None:
@@ -98,15 +99,16 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
     return cast(PackedWeight, native.pack_int8(weight))
 
 
-def _owner(weight: Weight) -> ModuleType:
-    """The module that reads `weight`: a plain tensor on a CPU and the reference's own integers are the reference's."""
-    if isinstance(weight, torch.Tensor) and weight.is_cuda and not _reference_only:
+@cache
+def _reader(kind: type, on_gpu: bool) -> ModuleType:
+    """The module whose `linear` reads weights of a type: for tensors on a CPU and its own integers the reference."""
+    if on_gpu and not _reference_only:
         return import_module("trine.kernels.triton")
-    if isinstance(weight, (torch.Tensor, reference.Int8Weight)):
+    if issubclass(kind, torch.Tensor | reference.Int8Weight):
         return reference
     native = _native()
     if native is None:
-        raise TypeError(f"no back end here reads a {type(weight).__name__}")
+        raise TypeError(f"no back end here reads a {kind.__name__}")
     return native
 
 
@@ -114,14 +116,16 @@ def linear(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
-    return cast(torch.Tensor, _owner(weight).linear(x, weight, bias, out_dtype))
+    y: torch.Tensor = _reader(type(weight), x.is_cuda).linear(x, weight, bias, out_dtype)
+    return y
 
 
 def linear_silu_mul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`, in one pass where the back end can: [T, K] to [T, I], weight [2I, K]."""
     if isinstance(weight, torch.Tensor):
         return silu_mul(linear(x, weight, bias))
-    return cast(torch.Tensor, _owner(weight).linear_silu_mul(x, weight, bias))
+    y: torch.Tensor = _reader(type(weight), x.is_cuda).linear_silu_mul(x, weight, bias)
+    return y
 
 
 def embedding(token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -129,7 +133,10 @@ def embedding(token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> to
 
     Reads every weight that `linear` reads, so that tied embeddings need only one.
     """
-    return cast(torch.Tensor, _owner(weight).embedding(token_ids, weight, dtype))
+    if isinstance(weight, torch.Tensor):
+        return reference.embedding(token_ids, weight, dtype)
+    y: torch.Tensor = _reader(type(weight), token_ids.is_cuda).embedding(token_ids, weight, dtype)
+    return y
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
