@@ -17,7 +17,9 @@ import numpy.typing as npt
 import torch
 
 from trine.core.errors import RequestError
+from trine.llm.sampling.finish import Finisher
 from trine.llm.sampling.gbnf import gbnf_to_lark, is_gbnf
+from trine.llm.sampling.json_text import JsonText, NumberLimits
 from trine.llm.sampling.params import GuidedParams
 from trine.llm.sampling.schema import prepare_schema
 
@@ -34,9 +36,12 @@ _WHITESPACE = r" |\n(?: {0,16}|\t{0,8})"
 class Grammar:
     """A compiled grammar; states of it are made by `GrammarCompiler.new_state`."""
 
-    def __init__(self, matcher: LLMatcher, is_json: bool) -> None:
+    def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary, holds_json: bool) -> None:
         self.matcher = matcher
-        self.is_json = is_json
+        self.vocabulary = vocabulary
+        self.holds_json = holds_json
+        end = vocabulary.finisher.find(matcher, JsonText()) if holds_json else None
+        self.shortest = None if end is None else len(end)
 
 
 class GrammarCompiler:
@@ -44,7 +49,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._library_tokenizer: LLTokenizer | None = None
+        self._library: tuple[LLTokenizer, _Vocabulary] | None = None
         self._cache: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -67,48 +72,95 @@ class GrammarCompiler:
 
     def new_state(self, grammar: Grammar) -> GrammarState:
         """The state of a sequence that has no output yet."""
-        return GrammarState(grammar, self._tokenizer.vocab_size)
+        return GrammarState(grammar)
 
     def _compile(self, guided: GuidedParams) -> Grammar:
         from llguidance import LLMatcher
 
-        if self._library_tokenizer is None:
-            self._library_tokenizer = _make_library_tokenizer(self._tokenizer)
-        matcher = LLMatcher(self._library_tokenizer, _library_grammar(guided), log_level=0)
+        if self._library is None:
+            self._library = _make_library_tokenizer(self._tokenizer)
+        library_tokenizer, vocabulary = self._library
+        matcher = LLMatcher(library_tokenizer, _library_grammar(guided), log_level=0)
         if matcher.is_error():
             raise RequestError(f"{_describe(guided)}: {_one_line(matcher.get_error())}", param="guided")
-        return Grammar(matcher, guided.json is not None or guided.json_object)
+        holds_json = guided.json is not None or guided.json_object or "%json" in (guided.grammar or "")
+        return Grammar(matcher, vocabulary, holds_json)
 
 
 class GrammarState:
     """How far one sequence's output has come in its grammar."""
 
-    def __init__(self, grammar: Grammar, vocab_size: int) -> None:
+    def __init__(self, grammar: Grammar) -> None:
         self._matcher = grammar.matcher.deep_copy()
-        self._mask: npt.NDArray[np.int32] = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+        self._vocabulary = grammar.vocabulary
+        self._shortest = grammar.shortest
+        self._mask: npt.NDArray[np.int32] = np.zeros(-(-len(grammar.vocabulary.tokens) // 32), dtype=np.int32)
+        self._text = JsonText() if grammar.holds_json else None
+        self._end: list[int] = []  # tokens still to write on the way to the end, last first
+        self._next_check: int | None = None
 
-    def fill_mask(self, bitmask_row: torch.Tensor) -> None:
+    def fill_mask(self, bitmask_row: torch.Tensor, remaining: int | None = None) -> None:
         """Set the bits of the tokens that may come next. bitmask_row [W] int32 on the host, contiguous.
 
-        Ids beyond the tokenizer's vocabulary (padding of the model's) are not allowed. Nothing is allowed once the
-        grammar became too complex to follow, or a token was accepted that it does not allow.
+        remaining: how many tokens the output may still get, this one included. When hardly more are left than it
+        takes to complete a JSON text, only the tokens on that way are allowed. Ids beyond the tokenizer's vocabulary
+        (padding of the model's) are not allowed. Nothing is allowed once the grammar became too complex to follow, or
+        a token was accepted that it does not allow.
         """
         row = bitmask_row.numpy()
         if self._matcher.is_error():
             row[:] = 0
             return
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        if remaining is not None and self._text is not None and not self._end and not self._matcher.is_stopped():
+            self._mind_budget(self._text, remaining)
+        if self._end:
+            self._mask[:] = 0
+            self._mask[self._end[-1] // 32] = np.left_shift(np.int32(1), self._end[-1] % 32)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            self._limit_numbers()
         words = min(len(row), len(self._mask))
         row[:words] = self._mask[:words]
         row[words:] = 0
 
     def accept(self, token_id: int) -> bool:
         """Go on by one token; False if the grammar does not allow it."""
+        if self._end and self._end.pop() != token_id:
+            self._end.clear()
+        if self._text is not None and 0 <= token_id < len(self._vocabulary.tokens):
+            self._text.feed(self._vocabulary.tokens[token_id])
         return self._matcher.consume_token(token_id)
 
     def is_finished(self) -> bool:
         """Whether the output is complete and only an end-of-sequence token may follow."""
         return self._matcher.is_stopped()
+
+    def _limit_numbers(self) -> None:
+        """Forbid what makes a number too long, unless the grammar allows nothing else."""
+        limits = None if self._text is None else self._vocabulary.number_limits.mask(self._text)
+        if limits is not None:
+            limited = self._mask & limits
+            if limited.any():
+                self._mask[:] = limited
+
+    def _mind_budget(self, text: JsonText, remaining: int) -> None:
+        """Look for the end when that may have become urgent, and take it if it has.
+
+        The longer the budget, the rarer the look: a token brings the end further away by about one, so the next look
+        is due when a quarter of what is to spare is gone.
+        """
+        if self._next_check is None:
+            self._next_check = max(remaining // 2, 2 * (self._shortest or 0) + 16)
+        if self._shortest is None or remaining > self._next_check:
+            return
+        end = self._vocabulary.finisher.find(self._matcher, text)
+        if end is None:
+            self._next_check = remaining * 3 // 4
+            return
+        spare = remaining - len(end)
+        if spare <= 8 + len(end) // 8:
+            self._end = end[::-1]
+        self._next_check = remaining - max(1, spare // 4 if spare > 32 else 1)
 
 
 class _Vocabulary:
@@ -122,6 +174,8 @@ class _Vocabulary:
         self.eos_token_id = tokenizer.eos_token_ids[0]
         self.special_token_ids = sorted(tokenizer.special_ids | set(tokenizer.eos_token_ids))
         self.tokens: Sequence[bytes] = [tokenizer.token_bytes(index) for index in range(tokenizer.vocab_size)]
+        self.number_limits = NumberLimits(self.tokens)
+        self.finisher = Finisher(self.tokens, self.special_token_ids, tokenizer.eos_token_ids)
         self._ids = {text: index for index, text in enumerate(self.tokens) if index not in self.special_token_ids}
 
     def __call__(self, text: str | bytes) -> list[int]:
@@ -150,7 +204,7 @@ class _Vocabulary:
         return ids
 
 
-def _make_library_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+def _make_library_tokenizer(tokenizer: Tokenizer) -> tuple[LLTokenizer, _Vocabulary]:
     from llguidance import LLTokenizer
 
     if not tokenizer.eos_token_ids:
@@ -158,11 +212,12 @@ def _make_library_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
             "guided decoding needs a tokenizer with an end-of-sequence token; this model's has none", param="guided"
         )
     vocabulary = _Vocabulary(tokenizer)
-    return LLTokenizer(
+    library_tokenizer = LLTokenizer(
         vocabulary,  # type: ignore[arg-type]
         n_vocab=tokenizer.vocab_size,
         eos_token=list(tokenizer.eos_token_ids),
     )
+    return library_tokenizer, vocabulary
 
 
 def _cache_key(guided: GuidedParams) -> tuple[str, str]:
