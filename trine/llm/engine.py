@@ -153,5 +153,6 @@ class EngineCore:
         for position in step.guided:
             sequence = step.sequences[step.sampled[position]]
             if sequence.status is not Status.FINISHED and sequence.grammar is not None:
-                sequence.grammar.fill_mask(bitmask[position])
+                num_sampled = len(sequence.tokens) - sequence.num_prompt
+                sequence.grammar.fill_mask(bitmask[position], sequence.max_tokens - num_sampled)
         return bitmask
