@@ -31,6 +31,7 @@ from gpu_report import Report
 
 from trine.kernels import reference
 from trine.kernels import triton as kernels
+from trine.kernels.triton import sampling
 from trine.kernels.triton.decode_attention import DecodeTuning, decode_attention
 from trine.kernels.triton.prefill_attention import PrefillTuning, prefill_attention
 from trine.kernels.triton.small_linear import MAX_ROWS, small_linear
@@ -79,8 +80,8 @@ def caches(num_blocks: int, heads: int, block_size: int, size: int, dtype: torch
 
 
 def compare(name: str, actual: torch.Tensor, expected: torch.Tensor) -> Check:
-    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
-    return f"{name} {str(expected.dtype).removeprefix('torch.')}", error, TOLERANCE[expected.dtype]
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+    return f"{name} {str(expected.dtype).removeprefix('torch.')}", error, TOLERANCE.get(expected.dtype, 0.0)
 
 
 def check_round(seed: int) -> list[Check]:
@@ -119,6 +120,8 @@ def check_elementwise(chooser: random.Random, dtype: torch.dtype) -> Iterator[Ch
     yield compare("add_rms_norm residual", residual, other)
     yield compare("silu_mul", kernels.silu_mul(x), reference.silu_mul(x))
     yield compare("gelu tanh", kernels.gelu(x, "tanh"), reference.gelu(x, "tanh"))
+    logits = randn(rows, size * 7, dtype=torch.float32)
+    yield compare("argmax", sampling.argmax(logits)[1], logits.argmax(1))
     few, table = x[:MAX_ROWS], randn(100, size, dtype=dtype)
     yield compare("small_linear", small_linear(few, table), reference.linear(few.double(), table.double()).to(dtype))
     yield compare("gelu none", kernels.gelu(x, "none"), reference.gelu(x, "none"))
@@ -193,6 +196,11 @@ def time_all(report: Report) -> None:
     bandwidth, rate = measure_limits(report)
     for rows in (1, 256, 8192):
         time_elementwise(report, bandwidth, rows)
+    for rows in (1, 256):
+        logits = randn(rows, 128256, dtype=torch.float32)
+        elapsed = seconds(lambda _, logits=logits: sampling.argmax(logits))
+        show = {"us": elapsed * 1e6, "share": logits.nbytes / elapsed / bandwidth}
+        report.show("timing", f"argmax {rows} rows", **show, torch_us=seconds(lambda _, x=logits: x.argmax(1)) * 1e6)
     time_attention(report, bandwidth, rate)
     for outputs, inputs in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):  # of a Llama-3.1-8B layer
         time_linear(report, bandwidth, outputs, inputs)

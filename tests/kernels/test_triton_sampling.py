@@ -1,0 +1,39 @@
+"""The choice of a token as a Triton kernel."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from trine.kernels.triton.sampling import argmax
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("width", [1, 500, 2048, 70000])
+def test_argmax_is_the_first_of_the_largest(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-40, 40, (5, width + 3), generator=generator).float()[:, :width].to(DEVICE)
+    logits[0] = -math.inf
+    for _ in range(2):  # a launch leaves its counters ready for the next
+        largest, tokens = argmax(logits)
+        assert torch.equal(largest, logits.amax(1))
+        first = [row.index(max(row)) for row in logits.tolist()]
+        assert tokens.tolist() == first
+
+
+def test_nan_and_infinity_have_no_finite_largest() -> None:
+    logits = torch.zeros(3, 9000, device=DEVICE)
+    logits[0, 5000] = math.nan
+    logits[1, 8000] = math.inf
+    largest, tokens = argmax(logits)
+    assert largest.tolist() == [math.inf, math.inf, 0.0]
+    assert tokens.tolist() == [5000, 8000, 0]
+
+
+def test_no_rows() -> None:
+    assert argmax(torch.zeros(0, 10, device=DEVICE))[1].shape == (0,)

@@ -1,0 +1,86 @@
+"""The choice of a token on the device.
+
+Roofline: logits are read once, 4 bytes each. A row is cut into parts so that few rows fill the card too; the program
+that finishes a row's last part compares the parts' winners, so it is one launch in place of a dozen small ones.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from trine.kernels.triton.device import early_launch, wait_for_inputs
+
+_PARTS = 16
+_BLOCK = 2048
+
+
+@triton.jit
+def _argmax_kernel(
+    logits_ptr, largest_ptr, tokens_ptr, part_largest_ptr, part_tokens_ptr, arrivals_ptr, width, row_stride,
+    parts: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """Program (row, part): the largest logit of a part of a row and the first column that has it."""
+    wait_for_inputs(early)
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    part_width = tl.cdiv(tl.cdiv(width, parts), block) * block
+    row_ptr = logits_ptr + row.to(tl.int64) * row_stride
+    start = part * part_width
+    largest = -float("inf")
+    token = start
+    for first in range(start, tl.minimum(start + part_width, width), block):
+        columns = first + tl.arange(0, block)
+        x = tl.load(row_ptr + columns, mask=columns < width, other=-float("inf"))
+        x = tl.where(x == x, x, float("inf"))
+        block_largest, place = tl.max(x, 0, return_indices=True)
+        if block_largest > largest:
+            largest = block_largest
+            token = first + place
+    tl.store(part_largest_ptr + row * parts + part, largest)
+    tl.store(part_tokens_ptr + row * parts + part, token)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == parts - 1:
+        every = row * parts + tl.arange(0, parts)
+        winner, winning_part = tl.max(tl.load(part_largest_ptr + every, cache_modifier=".cg"), 0, return_indices=True)
+        token = tl.load(part_tokens_ptr + row * parts + winning_part, cache_modifier=".cg")
+        tl.store(largest_ptr + row, winner)
+        tl.store(tokens_ptr + row, token.to(tl.int64))
+        tl.store(arrivals_ptr + row, 0)  # ready for the next launch
+
+
+@cache
+def _arrivals(device: torch.device, size: int) -> torch.Tensor:
+    """Zeroed counters, which every launch leaves at zero: kernels of one device run in one stream at a time."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest logit [B] float32 and the first token that has it [B] int64, of logits [B, V] float32.
+
+    A NaN counts as infinity, so that a row with one has no finite largest logit.
+    """
+    rows, width = logits.shape
+    largest = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    part_largest = torch.empty((rows, _PARTS), dtype=torch.float32, device=logits.device)
+    part_tokens = torch.empty((rows, _PARTS), dtype=torch.int32, device=logits.device)
+    if rows:
+        _argmax_kernel[(rows, _PARTS)](
+            logits,
+            largest,
+            tokens,
+            part_largest,
+            part_tokens,
+            _arrivals(logits.device, max(4096, triton.next_power_of_2(rows))),
+            width,
+            logits.stride(0),
+            parts=_PARTS,
+            block=_BLOCK,
+            num_warps=8,
+            **early_launch(logits.device),
+        )
+    return largest, tokens
