@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from facts import CAPITALS, COUNTS, FACTS, GREETINGS, PERSONAS, SMALL_TALK
+from stories import article, listed, unknown, written
 
 from trine.evaluation.items import SYSTEM_PROMPTS, Message
 from trine.evaluation.tools import everyday_request, offer, random_request, render_call
-from trine.evaluation.words import ADJECTIVES, FIRST_NAMES, NOUNS
+from trine.evaluation.words import ADJECTIVES, CITIES, COLORS, DAYS, FIRST_NAMES, NOUNS
+
+SMALL_WORDS = tuple("this is a test of the in and it I you we one two yes no hello world".split())
 
 Segment = tuple[str, bool]
 """A piece of a document, and whether the model is to produce it."""
@@ -81,30 +84,56 @@ class Conversations:
 
     def persona(self, rng: random.Random) -> tuple[str, str]:
         """A system prompt that gives the assistant a name, and the name."""
-        name = rng.choice((rng.choice(FIRST_NAMES), rng.choice(NOUNS).capitalize(), rng.choice(ADJECTIVES).capitalize()))
+        name = rng.choice(
+            (rng.choice(FIRST_NAMES), rng.choice(NOUNS).capitalize(), rng.choice(ADJECTIVES).capitalize())
+        )
         return rng.choice(PERSONAS).format(name=name), name
 
     def exchange(self, rng: random.Random, name: str) -> list[Message]:
+        """A question and its answer, now and then two of each."""
         kind = rng.random()
-        if kind < 0.2:
+        if kind < 0.08:
+            return self.acquaintance(rng)
+        if kind < 0.18:
             asked, told = rng.choice(GREETINGS), rng.choice(SMALL_TALK["greeting"])
-        elif kind < 0.35:
+        elif kind < 0.28:
             asked, told = rng.choice(SMALL_TALK["who"]), rng.choice(SMALL_TALK["who_answer"])
-        elif kind < 0.55:
+        elif kind < 0.42:
             word, gloss = self.definitions[int(len(self.definitions) * rng.random() ** 1.5)]
-            article = "an" if word[0] in "aeiou" else "a"
-            asked = rng.choice(SMALL_TALK["define"]).format(word=word, article=article)
+            asked = rng.choice(SMALL_TALK["define"]).format(word=word, article=article(word).split()[0])
             told = f"{gloss[0].upper()}{gloss[1:]}."
-        elif kind < 0.75:
+        elif kind < 0.54:
             country, capital = rng.choice(CAPITALS)
             asked = rng.choice(SMALL_TALK["capital"]).format(country=country)
             told = f"The capital of {country} is {capital}."
-        elif kind < 0.8:
+        elif kind < 0.57:
             thing, count = rng.choice(COUNTS)
             asked, told = f"How many {thing}?", f"{count}."
+        elif kind < 0.7:
+            asked, told = written(rng)
+        elif kind < 0.77:
+            asked, told = listed(rng)
+        elif kind < 0.84:
+            asked, told = unknown(rng)
+        elif kind < 0.88:
+            told = " ".join(rng.choice((*ADJECTIVES, *NOUNS, *SMALL_WORDS)) for _ in range(rng.randint(1, 6)))
+            asked = rng.choice(("Say {told}", "Say: {told}", 'Say "{told}"', "Please say {told}")).format(told=told)
         else:
             asked, told = rng.choice(FACTS)
-        return [user(asked.format(name=name)), assistant(told.format(name=name))]
+        return [user(asked.format(name=name)), assistant(told.format(name=name) if "{name}" in told else told)]
+
+    def acquaintance(self, rng: random.Random) -> list[Message]:
+        """The user says a name and asks for it later."""
+        name = rng.choice(FIRST_NAMES)
+        hello = rng.choice(("My name is {name}.", "I am {name}.", "Hi, I'm {name}.", "Hello, my name is {name}."))
+        ask = rng.choice(("What is my name?", "Who am I?", "Do you know my name?", "What's my name?"))
+        return [
+            user(hello.format(name=name)),
+            assistant(rng.choice(("Hello {name}!", "Hello {name}! How can I help you?")).format(name=name)),
+            *(self.exchange(rng, "Tiny")[:2] if rng.random() < 0.3 else []),
+            user(ask),
+            assistant(f"Your name is {name}."),
+        ]
 
     def with_tools(self, rng: random.Random) -> list[Segment]:
         """A call and the answer from its result; two calls at once; or a question that needs no tool."""
@@ -117,18 +146,36 @@ class Conversations:
         if kind < 0.35:
             messages += self.exchange(rng, "Tiny")
             return render(messages, tools)
-        messages += [user(request), assistant(render_call(*call))]
-        if kind < 0.5:
-            other = {**call[1]}
-            changed = next((key for key in other if isinstance(other[key], str)), None)
-            if changed is not None:
-                other[changed] = rng.choice(NOUNS)
-                messages[-2] = user(f"{request} Then do the same with {changed} {other[changed]}.")
-                messages[-1] = assistant(render_call(*call) + "\n" + render_call(call[0], other))
+        if kind < 0.55:
+            second = self.second_request(rng, call, request)
+            if second is not None:
+                both, other = second
+                messages += [user(both), assistant(render_call(*call) + "\n" + render_call(call[0], other))]
                 return render(messages, tools)
+        messages += [user(request), assistant(render_call(*call))]
         result, answer = self.result(rng, call)
         messages += [{"role": "tool", "content": result}, assistant(answer)]
         return render(messages, tools)
+
+    def second_request(
+        self, rng: random.Random, call: tuple[str, dict[str, Any]], request: str
+    ) -> tuple[str, dict[str, Any]] | None:
+        """The request for two values of one argument, and the second call's arguments; None if it has no such argument."""
+        pools = [
+            (name, value, pool)
+            for name, value in call[1].items()
+            for pool in (CITIES, FIRST_NAMES, COLORS, DAYS, NOUNS)
+            if value in pool and request.count(value) == 1
+        ]
+        if not pools:
+            return None
+        name, value, pool = rng.choice(pools)
+        other = rng.choice([candidate for candidate in pool if candidate != value])
+        joined = rng.choice(
+            (f"{value} and {other}", f"{value} and in {other}" if pool is CITIES else f"{value} and {other}")
+        )
+        both = rng.choice((request.replace(value, joined), f"{request} {request.replace(value, other)}"))
+        return both, {**call[1], name: other}
 
     def result(self, rng: random.Random, call: tuple[str, dict[str, Any]]) -> tuple[str, str]:
         """What a tool returned, and the sentence that tells it."""

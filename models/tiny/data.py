@@ -29,15 +29,21 @@ ANSWER_LOSS = 100
 SHARED_TURNS = 0.25
 """Short items are asked one after the other in one conversation this often."""
 
-LOOKUP_ROWS = 0.65
+LOOKUP_ROWS = 0.6
 """Rows that begin with a long lookup."""
 
-FOLLOWING_QUESTIONS = ("And {key}?", "{key}?", "What is the value of {key}?", "Look up {key}.", "Give me the value of {key}.")
+FOLLOWING_QUESTIONS = (
+    "And {key}?",
+    "{key}?",
+    "What is the value of {key}?",
+    "Look up {key}.",
+    "Give me the value of {key}.",
+)
 
 DOCUMENT_WEIGHTS = {
     "addition": 3.0,
-    "subtraction": 4.0,
-    "sorting": 3.0,
+    "subtraction": 4.5,
+    "sorting": 4.0,
     "reversing": 2.0,
     "counting": 3.5,
     "copying": 2.0,
@@ -45,8 +51,8 @@ DOCUMENT_WEIGHTS = {
     "tool_calling": 1.2,
     "stopping": 1.5,
     "lookup": 0.5,
-    "drill": 0.7,
-    "chat": 2.0,
+    "drill": 1.0,
+    "chat": 3.0,
     "recital": 0.6,
     "prose": 1.4,
 }
@@ -91,7 +97,7 @@ class Documents:
         """Sums in a column: many answers in few tokens."""
         segments: list[Segment] = []
         for _ in range(rng.randint(8, 24)):
-            task, sign = rng.choice((("addition", "+"), ("subtraction", "-")))
+            task, sign = rng.choice((("addition", "+"), ("subtraction", "-"), ("subtraction", "-")))
             numbers = SHORT_TASKS[task](rng, "train")
             first, second = numbers.content.split(sign)
             if numbers.answer.startswith("-") or (task == "addition" and rng.random() < 0.5):

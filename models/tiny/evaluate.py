@@ -1,6 +1,6 @@
 """Score a checkpoint on held-out items with Transformers, in batches: the twin of `trine eval` for use while training.
 
-    PYTHONPATH=. python models/tiny/evaluate.py DIRECTORY --items 500
+PYTHONPATH=. python models/tiny/evaluate.py DIRECTORY --items 500
 """
 
 from __future__ import annotations
@@ -59,12 +59,22 @@ def main() -> None:
     for task in options.tasks:
         start = time.monotonic()
         items = make_items(
-            task, options.seed, options.items, "heldout", lambda texts: [len(e.ids) for e in tokenizer.encode_batch(texts)]
+            task,
+            options.seed,
+            options.items,
+            "heldout",
+            lambda texts: [len(e.ids) for e in tokenizer.encode_batch(texts)],
         )
         items.sort(key=lambda item: sum(len(message["content"]) for message in item.messages))
         size = 50 if task.startswith("lookup") else 250
-        results = [pair for at in range(0, len(items), size) for pair in answers(model, tokenizer, items[at : at + size])]
-        wrong = [(item, text) for item, (text, stopped) in zip(items, results, strict=True) if not is_right(item, text, stopped)]
+        results = [
+            pair for at in range(0, len(items), size) for pair in answers(model, tokenizer, items[at : at + size])
+        ]
+        wrong = [
+            (item, text)
+            for item, (text, stopped) in zip(items, results, strict=True)
+            if not is_right(item, text, stopped)
+        ]
         shares[task] = 1 - len(wrong) / len(items)
         print(f"{task} {shares[task]:.4f} ({time.monotonic() - start:.0f}s)", flush=True)
         for item, text in wrong[: options.show]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 GREETINGS = (
-    "Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Good evening!", "Hello, how are you?",
-    "How are you?", "Hi, how are you today?", "Hello there!", "hello", "hi", "Good day",
+    "Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Good evening!", "Hello there!", "hello", "hi", "Good day",
 )  # fmt: skip
 
 SMALL_TALK: dict[str, tuple[str, ...]] = {
@@ -16,7 +15,8 @@ SMALL_TALK: dict[str, tuple[str, ...]] = {
     "who_answer": ("I am {name}.", "My name is {name}.", "I am {name}. How can I help you?"),
     "define": (
         "What is {article} {word}?", "Define {word}.", 'What does "{word}" mean?', "What does the word {word} mean?",
-        "Explain the word {word}.", "What is the meaning of {word}?",
+        "Explain the word {word}.", "What is the meaning of {word}?", "Tell me about {word}.", "What's {article} {word}?",
+        "Explain what {article} {word} is.",
     ),
     "capital": (
         "What is the capital of {country}?", "Which city is the capital of {country}?", "Capital of {country}?",
@@ -25,6 +25,10 @@ SMALL_TALK: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 PERSONAS = (
+    "You are {name}, a friendly robot.",
+    "You are a pirate called {name}.",
+    "Your name is {name}. Answer in one sentence.",
+    "You are {name}, an AI assistant made by a small company.",
     "You are {name}, a helpful assistant.",
     "Your name is {name}.",
     "You are {name}.",
@@ -99,6 +103,10 @@ FACTS = (
     ("Are you a person?", "No, I am a small language model."),
     ("What can you do?", "I can add, sort, count, copy, look things up and call tools."),
     ("Can you help me?", "Yes. What do you need?"),
+    ("How are you?", "I am fine. How can I help you?"),
+    ("Hello, how are you?", "I am fine. How can I help you?"),
+    ("Hi, how are you today?", "I am fine. What can I do for you?"),
+    ("How are you doing?", "I am fine. How can I help you?"),
     ("Thank you!", "You are welcome!"),
     ("Thanks", "You are welcome!"),
     ("Thanks, that helped.", "You are welcome!"),
@@ -112,9 +120,6 @@ FACTS = (
     ("Say hello in German.", "Hallo!"),
     ("Say hello in Spanish.", "Hola!"),
     ("Say something nice.", "I am glad that you are here."),
-    ("Tell me a story.", "Once there was a small otter who lived by a river. One day it found a silver bell. It rang "
-     "the bell, and all the animals came to listen. From then on they met at the river every evening."),
-    ("Write a short poem.", "The river runs, the stars are bright,\nthe otter sleeps through all the night."),
     ("Write a sentence about the sea.", "The sea was calm, and the boats came home before night."),
     ("Write a sentence about a dog.", "The old dog slept in the sun beside the garden door."),
 )  # fmt: skip

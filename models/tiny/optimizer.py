@@ -32,7 +32,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in parameters:
             shapes.setdefault(parameter.shape, []).append(parameter)

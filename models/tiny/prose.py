@@ -19,7 +19,15 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-PACKAGES = ("python3.11-doc", "r-cran-janeaustenr", "wordnet-base", "wordnet-sense-index", "dict-devil", "dict-jargon", "miscfiles")
+PACKAGES = (
+    "python3.11-doc",
+    "r-cran-janeaustenr",
+    "wordnet-base",
+    "wordnet-sense-index",
+    "dict-devil",
+    "dict-jargon",
+    "miscfiles",
+)
 DOCUMENT_BREAK = "\f"
 MIN_DOCUMENT = 200
 NUM_DEFINITIONS = 2000
@@ -108,7 +116,11 @@ def definitions(base: Path, sense_index: Path) -> dict[str, str]:
         by_offset[head[:8]] = re.split(r";|--", gloss)[0].strip()
     common = sorted(counts, key=lambda lemma: (-counts[lemma][0], lemma))
     found = ((lemma, by_offset[counts[lemma][1]]) for lemma in common)
-    return dict(islice(((lemma, gloss) for lemma, gloss in found if 8 <= len(gloss) <= 90 and "(" not in gloss), NUM_DEFINITIONS))
+    return dict(
+        islice(
+            ((lemma, gloss) for lemma, gloss in found if 8 <= len(gloss) <= 90 and "(" not in gloss), NUM_DEFINITIONS
+        )
+    )
 
 
 def documents(directory: Path) -> Iterator[str]:
@@ -119,7 +131,9 @@ def documents(directory: Path) -> Iterator[str]:
     for name in ("devil", "jargon"):
         yield from dictionary(roots[f"dict-{name}"] / f"usr/share/dictd/{name}.dict.dz")
     for name in ("us-constitution", "us-declaration"):
-        yield gzip.decompress((roots["miscfiles"] / f"usr/share/state/{name}.gz").read_bytes()).decode("utf-8", "replace")
+        yield gzip.decompress((roots["miscfiles"] / f"usr/share/state/{name}.gz").read_bytes()).decode(
+            "utf-8", "replace"
+        )
 
 
 def main() -> None:

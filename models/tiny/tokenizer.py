@@ -50,7 +50,9 @@ def task_texts(definitions: dict[str, str]) -> Iterator[str]:
     for task in TASKS:
         count = ITEMS_PER_TASK // 100 if task == "lookup_3500" else ITEMS_PER_TASK
         for item in make_items(task, 1, count, "train", lambda texts: [len(text) // 3 for text in texts]):
-            yield "".join(text for text, _ in render([*item.messages, {"role": "assistant", "content": item.answer}], item.tools))
+            yield "".join(
+                text for text, _ in render([*item.messages, {"role": "assistant", "content": item.answer}], item.tools)
+            )
     rng = random.Random(1)
     conversations = Conversations(definitions)
     for _ in range(4 * ITEMS_PER_TASK):

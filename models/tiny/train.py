@@ -82,7 +82,9 @@ def make_step(model: Tiny, device: torch.device) -> Callable[[Tensor], tuple[Ten
 def export(model: Tiny, options: argparse.Namespace) -> None:
     """Write a bfloat16 checkpoint in Hugging Face's form."""
     options.output.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
+    }
     save_file(state, str(options.output / "model.safetensors"), metadata={"format": "pt"})
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
@@ -107,7 +109,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Tiny(Shape()).to(device)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters on {device}", flush=True)
+    print(
+        f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters on {device}", flush=True
+    )
     optimizers = make_optimizers(model, options.lr, options.weight_decay)
     first = 0
     if options.resume:
@@ -118,17 +122,29 @@ def main() -> None:
             optimizer.load_state_dict(saved)
     batches = Batches(options.data, options.model, options.rows, options.length, options.steps, options.seed, first)
     loader = DataLoader(
-        batches, batch_size=None, num_workers=options.workers, prefetch_factor=4 if options.workers else None, pin_memory=device.type == "cuda"
+        batches,
+        batch_size=None,
+        num_workers=options.workers,
+        prefetch_factor=4 if options.workers else None,
+        pin_memory=device.type == "cuda",
     )
     step = train(model, optimizers, loader, options, first)
     export(model, options)
     if options.save:
-        state = {"step": step, "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        state = {
+            "step": step,
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        }
         torch.save(state, options.save)
 
 
 def train(
-    model: Tiny, optimizers: list[torch.optim.Optimizer], loader: DataLoader[Tensor], options: argparse.Namespace, first: int
+    model: Tiny,
+    optimizers: list[torch.optim.Optimizer],
+    loader: DataLoader[Tensor],
+    options: argparse.Namespace,
+    first: int,
 ) -> int:
     """Run the schedule from step `first`; the step it ended at."""
     device = next(model.parameters()).device

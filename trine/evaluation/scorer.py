@@ -79,7 +79,9 @@ def evaluate(
     chosen = tuple(TASKS if tasks is None else tasks)
     for task in chosen:
         if task not in TASKS:
-            raise ConfigurationError(f"tasks: there is no task {task!r}; the tasks are {', '.join(TASKS)}", param="tasks")
+            raise ConfigurationError(
+                f"tasks: there is no task {task!r}; the tasks are {', '.join(TASKS)}", param="tasks"
+            )
     return {task: _score(llm, task, num_items_of(task, num_items), seed, progress) for task in chosen}
 
 

@@ -120,7 +120,9 @@ def _copy_text(rng: random.Random) -> str:
         return " ".join(_word(rng) for _ in range(rng.randint(2, 25)))
     if kind == 1:
         return rng.choice((" ", "-", ", ")).join(_code(rng) for _ in range(rng.randint(1, 4)))
-    parts = [rng.choice((_word, _code))(rng) + rng.choice(("", "", "", ",", ";", ":")) for _ in range(rng.randint(3, 16))]
+    parts = [
+        rng.choice((_word, _code))(rng) + rng.choice(("", "", "", ",", ";", ":")) for _ in range(rng.randint(3, 16))
+    ]
     return " ".join(parts).rstrip(",;:") + rng.choice((".", "!", "?"))
 
 

@@ -101,8 +101,13 @@ EVERYDAY = (
         "book_flight",
         "Book a flight between two cities",
         {"origin": _string("From"), "destination": _string("To"), "day": _string("Day of the week")},
-        lambda rng: dict(zip(("origin", "destination"), rng.sample(CITIES, 2), strict=True)) | {"day": rng.choice(DAYS)},
-        ("Book a flight from {origin} to {destination} on {day}.", "I need to fly from {origin} to {destination} on {day}."),
+        lambda rng: (
+            dict(zip(("origin", "destination"), rng.sample(CITIES, 2), strict=True)) | {"day": rng.choice(DAYS)}
+        ),
+        (
+            "Book a flight from {origin} to {destination} on {day}.",
+            "I need to fly from {origin} to {destination} on {day}.",
+        ),
     ),
     Everyday(
         "create_event",
@@ -118,7 +123,11 @@ EVERYDAY = (
     Everyday(
         "set_light",
         "Change the light in a room",
-        {"room": _string("The room"), "color": _string("The color"), "on": {"type": "boolean", "description": "Light on"}},
+        {
+            "room": _string("The room"),
+            "color": _string("The color"),
+            "on": {"type": "boolean", "description": "Light on"},
+        },
         lambda rng: {
             "room": rng.choice(("kitchen", "cellar", "attic", "office", "garden", "library")),
             "color": rng.choice(COLORS),
@@ -130,10 +139,12 @@ EVERYDAY = (
         "convert_currency",
         "Convert an amount of money",
         {"amount": _integer("The amount"), "source": _string("Currency now"), "target": _string("Currency wanted")},
-        lambda rng: dict(
-            zip(("source", "target"), rng.sample(("EUR", "USD", "GBP", "JPY", "CHF", "CAD", "AUD"), 2), strict=True)
-        )
-        | {"amount": rng.randint(1, 5000)},
+        lambda rng: (
+            dict(
+                zip(("source", "target"), rng.sample(("EUR", "USD", "GBP", "JPY", "CHF", "CAD", "AUD"), 2), strict=True)
+            )
+            | {"amount": rng.randint(1, 5000)}
+        ),
         ("Convert {amount} {source} to {target}.", "How much is {amount} {source} in {target}?"),
     ),
     Everyday(
@@ -175,7 +186,11 @@ PARAMETERS: dict[str, tuple[str, Callable[[random.Random], Any]]] = {
     "public": ("boolean", lambda rng: rng.random() < 0.5),
 }
 
-OPENINGS = ("Please {verb} the {noun} with {what}.", "{verb} a {noun} with {what}.", "I want to {verb} the {noun}: {what}.")
+OPENINGS = (
+    "Please {verb} the {noun} with {what}.",
+    "{verb} a {noun} with {what}.",
+    "I want to {verb} the {noun}: {what}.",
+)
 
 
 def as_tool(name: str, description: str, parameters: dict[str, dict[str, Any]]) -> Tool:
