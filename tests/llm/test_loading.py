@@ -229,13 +229,17 @@ def test_half_precision_is_close(llama: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
-def test_int8_is_close_and_small(checkpoints: dict[str, Path], name: str) -> None:
+def test_int8_is_close(checkpoints: dict[str, Path], name: str) -> None:
     reference = logits(checkpoints[name])
     quantized = logits(checkpoints[name], quantization="int8")
     error = (quantized - reference).square().mean().sqrt() / reference.square().mean().sqrt()
     assert 0 < error < 0.03
-    small = weight_bytes(load(checkpoints[name], quantization="int8"))
-    assert small < 0.5 * weight_bytes(load(checkpoints[name]))
+
+
+def test_int8_is_small(llama: Path) -> None:
+    reconfigure(llama, hidden_size=512, intermediate_size=1024)  # small matrices are mostly padding
+    plain = weight_bytes(load(llama, load_format="dummy"))
+    assert weight_bytes(load(llama, load_format="dummy", quantization="int8")) < 0.35 * plain
 
 
 def test_quantization_by_an_unknown_name(llama: Path) -> None:
