@@ -183,6 +183,7 @@ def test_no_weights_and_only_pickles(llama: Path) -> None:
     ("changes", "message"),
     [
         ({"architectures": ["RwkvForCausalLM"]}, r"RwkvForCausalLM.*supported: .*LlamaForCausalLM"),
+        ({"architectures": ["LlavaForConditionalGeneration"], "hidden_size": ...}, "LlavaForConditionalGeneration"),
         ({"architectures": ...}, "architectures is missing"),
         ({"architectures": ["BertModel"]}, "embeddings"),
         ({"hidden_size": "wide"}, "hidden_size='wide'"),
@@ -272,10 +273,10 @@ def test_dtype_by_both_names_and_by_choice(llama: Path) -> None:
     reconfigure(llama, dtype=..., torch_dtype="bfloat16")
     config = ModelConfig.from_directory(llama)
     assert config.dtype == torch.bfloat16
-    assert resolve_dtype("auto", config, CPU) == torch.bfloat16
-    assert resolve_dtype("fp32", config, CPU) == torch.float32
+    assert resolve_dtype("auto", config) == torch.bfloat16
+    assert resolve_dtype("float32", config) == torch.float32
     with pytest.raises(ConfigurationError, match="float64"):
-        resolve_dtype("float64", config, CPU)
+        resolve_dtype("float64", config)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,11 @@ class ModelConfig:
                 f"{directory} has no config.json: give a directory with a Hugging Face checkpoint "
                 "(config.json, *.safetensors, tokenizer.json)"
             )
-        return cls.from_dict(hf, generation, source=str(directory / "config.json"))
+        try:
+            return cls.from_dict(hf, generation, source=str(directory / "config.json"))
+        except ModelLoadError:
+            _require_supported(hf)  # what is missing may only be named otherwise in a family that is not served
+            raise
 
     @classmethod
     def from_dict(cls, hf: Json, generation: Json | None = None, *, source: str = "config.json") -> ModelConfig:
@@ -150,21 +154,11 @@ class ModelConfig:
         )
 
 
-def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The torch dtype for a user's choice: "auto", "float32", "bfloat16" or "float16" ("fp32", "bf16", "fp16", "half").
-
-    "auto" is the checkpoint's own, except that float16 becomes bfloat16 on a CPU, which has no fast float16.
-    """
-    if name == "auto":
-        half_on_cpu = config.dtype == torch.float16 and device.type == "cpu"
-        return torch.bfloat16 if half_on_cpu else config.dtype
-    long_names = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-    dtype = DTYPES.get(long_names.get(name, name))
-    if dtype is None:
-        raise ConfigurationError(
-            f"dtype={name!r} is not known: choose auto, float32, bfloat16 or float16", param="dtype"
-        )
-    return dtype
+def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    """The torch dtype for a user's choice: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16"."""
+    if name != "auto" and name not in DTYPES:
+        raise ConfigurationError(f"dtype={name!r} is unknown: give one of auto, {', '.join(DTYPES)}", param="dtype")
+    return config.dtype if name == "auto" else DTYPES[name]
 
 
 def read_json(path: Path) -> Json | None:
@@ -190,6 +184,14 @@ def _read(path: Path) -> Any:
         return None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} can't be read as JSON: {error}") from error
+
+
+def _require_supported(hf: Json) -> None:
+    from trine.llm.models import ENCODERS, decoder_class  # not above: the families import this module
+
+    for architecture in (hf.get("architectures") or [])[:1]:
+        if architecture not in ENCODERS:
+            decoder_class(architecture)
 
 
 class _Facts:

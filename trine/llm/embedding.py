@@ -102,7 +102,7 @@ class EmbeddingModel:
         self.device = torch.device(device)
         build = Build(
             self.device,
-            resolve_dtype(dtype, config, self.device),
+            resolve_dtype(dtype, config),
             linear_method(None, self.device),
             config.max_model_len,
         )

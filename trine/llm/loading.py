@@ -21,6 +21,7 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 EMBEDDED = ("tiny",)
 POOL = 1_048_573
+HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]  # the same weights for other tools
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "1_Pooling/*"]
 
 
@@ -56,7 +57,7 @@ def _download(name: str) -> Path:
             "pip install huggingface_hub, or give a directory"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the client raises many kinds: no such name, no access, no network
         reason = str(error).strip().splitlines()[0]
         raise ModelLoadError(
