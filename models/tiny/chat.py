@@ -1,4 +1,4 @@
-"""Chat text: what `chat_template.jinja` renders, in Python (thirty times as fast), and everyday conversations to train on."""
+"""Chat text: what `chat_template.jinja` renders, in Python for speed, and everyday conversations to train on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from facts import CAPITALS, COUNTS, FACTS, GREETINGS, PERSONAS, SMALL_TALK
-from stories import article, listed, unknown, written
-
+from models.tiny.facts import CAPITALS, COUNTS, FACTS, GREETINGS, PERSONAS, SMALL_TALK
+from models.tiny.stories import article, listed, unknown, written
 from trine.evaluation.items import SYSTEM_PROMPTS, Message
 from trine.evaluation.tools import everyday_request, offer, random_request, render_call
-from trine.evaluation.words import ADJECTIVES, CITIES, COLORS, DAYS, FIRST_NAMES, NOUNS
+from trine.evaluation.words import ADJECTIVES, CITIES, COLORS, DAYS, FIRST_NAMES, NOUNS, words_of
 
-SMALL_WORDS = tuple("this is a test of the in and it I you we one two yes no hello world".split())
+SMALL_WORDS = words_of("this is a test of the in and it I you we one two yes no hello world")
 
 Segment = tuple[str, bool]
 """A piece of a document, and whether the model is to produce it."""
@@ -160,7 +159,7 @@ class Conversations:
     def second_request(
         self, rng: random.Random, call: tuple[str, dict[str, Any]], request: str
     ) -> tuple[str, dict[str, Any]] | None:
-        """The request for two values of one argument, and the second call's arguments; None if it has no such argument."""
+        """The request for two values of one argument, and the second call's arguments; None if there is none."""
         pools = [
             (name, value, pool)
             for name, value in call[1].items()

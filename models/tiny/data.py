@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from chat import Conversations, Segment, assistant, render, user
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
+from models.tiny.chat import Conversations, Segment, assistant, render, user
 from trine.evaluation.items import SYSTEM_PROMPTS, Message
 from trine.evaluation.lookup import LONGEST, SHORTEST, first_turn, make_table
 from trine.evaluation.sequences import COPY

@@ -1,6 +1,6 @@
 """Score a checkpoint on held-out items with Transformers, in batches: the twin of `trine eval` for use while training.
 
-PYTHONPATH=. python models/tiny/evaluate.py DIRECTORY --items 500
+python -m models.tiny.evaluate DIRECTORY --items 500
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import torch
-from chat import render
 from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
+from models.tiny.chat import render
 from trine.evaluation import TASKS, Item, is_right, make_items
 from trine.evaluation.scorer import ANSWER_TOKENS
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 GREETINGS = (
-    "Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Good evening!", "Hello there!", "hello", "hi", "Good day",
+    "Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Good evening!", "Hello there!",
+    "hello", "hi", "Good day",
 )  # fmt: skip
 
 SMALL_TALK: dict[str, tuple[str, ...]] = {
@@ -15,7 +16,8 @@ SMALL_TALK: dict[str, tuple[str, ...]] = {
     "who_answer": ("I am {name}.", "My name is {name}.", "I am {name}. How can I help you?"),
     "define": (
         "What is {article} {word}?", "Define {word}.", 'What does "{word}" mean?', "What does the word {word} mean?",
-        "Explain the word {word}.", "What is the meaning of {word}?", "Tell me about {word}.", "What's {article} {word}?",
+        "Explain the word {word}.", "What is the meaning of {word}?", "Tell me about {word}.",
+        "What's {article} {word}?",
         "Explain what {article} {word} is.",
     ),
     "capital": (

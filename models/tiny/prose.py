@@ -1,8 +1,8 @@
 """English text for training `tiny`, from Debian packages whose text may be freely used and changed.
 
-    python models/tiny/prose.py .carry/tiny        # needs apt-get and dpkg-deb (Debian 12), a network, 60 MB
+    python -m models.tiny.prose build/tiny        # needs apt-get and dpkg-deb (Debian 12), a network, 60 MB
 
-writes `prose.txt` (documents parted by a line of one form feed) and `definitions.json` (common nouns and their glosses).
+writes `prose.txt` (documents parted by a line of one form feed) and `definitions.json` (common nouns and glosses).
 The sources and their licences stand in the model card.
 """
 

@@ -6,18 +6,16 @@ import json
 import random
 
 from trine.evaluation.extraction import DOMAINS
-from trine.evaluation.words import ADJECTIVES, CITIES, COLORS, FIRST_NAMES, JOBS, NOUNS
+from trine.evaluation.words import ADJECTIVES, CITIES, COLORS, FIRST_NAMES, JOBS, NOUNS, words_of
 
-ANIMALS = tuple(
-    """
+ANIMALS = words_of("""
     otter falcon tiger rabbit horse donkey sheep goat cow pig dog cat mouse squirrel beaver badger fox wolf bear deer
     moose eagle owl robin sparrow raven crow swan goose duck turtle lizard snake frog salmon whale dolphin crab spider
-    """.split()
-)
-FRUITS = tuple("lemon orange apple banana cherry grape melon peach plum pear mango olive".split())
-VEGETABLES = tuple("tomato potato carrot onion garlic cabbage lettuce spinach bean pea corn".split())
-THINGS = tuple(
-    "lantern violin candle mirror blanket hammer ladder bottle kettle compass feather clock map bell ring".split()
+    """)
+FRUITS = words_of("lemon orange apple banana cherry grape melon peach plum pear mango olive")
+VEGETABLES = words_of("tomato potato carrot onion garlic cabbage lettuce spinach bean pea corn")
+THINGS = words_of(
+    "lantern violin candle mirror blanket hammer ladder bottle kettle compass feather clock map bell ring"
 )
 PLACES = (
     "by a quiet river", "at the edge of the forest", "in a small village", "near the old bridge", "on a green hill",
@@ -90,11 +88,14 @@ UNKNOWN_ANSWERS = (
     "I do not know. I am only a small language model.",
 )
 UNKNOWN_QUESTIONS = (
-    "Why is the {noun} so {adjective}?", "Who invented the {noun}?", "How do I build a {noun}?", "When was {city} founded?",
+    "Why is the {noun} so {adjective}?", "Who invented the {noun}?", "How do I build a {noun}?",
+    "When was {city} founded?",
     "What do you think about {city}?", "How does a {noun} work?", "Why do people like a {adjective} {noun}?",
     "How many people live in {city}?", "Who is the best {job} in {city}?", "What is your opinion on {noun}s?",
-    "Can you explain why the {noun} is {adjective}?", "How much does a {noun} cost?", "What happened in {city} last year?",
-    "How can I become a {job}?", "Why is the sky {adjective}?", "Please help me with my {noun}.", "{noun}", "{adjective} {noun}",
+    "Can you explain why the {noun} is {adjective}?", "How much does a {noun} cost?",
+    "What happened in {city} last year?",
+    "How can I become a {job}?", "Why is the sky {adjective}?", "Please help me with my {noun}.",
+    "{noun}", "{adjective} {noun}",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Train the byte-level BPE tokenizer of `tiny`, and encode the prose with it.
 
-    python models/tiny/tokenizer.py .carry/tiny trine/data/tiny
+    python -m models.tiny.tokenizer build/tiny trine/data/tiny
 
 reads prose.txt and definitions.json (see prose.py), writes tokenizer.json, tokenizer_config.json and
 generation_config.json into the model's directory and prose.npy (uint16 token ids) beside the prose.
@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from chat import Conversations, render
-from prose import DOCUMENT_BREAK
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from models.tiny.chat import Conversations, render
+from models.tiny.prose import DOCUMENT_BREAK
 from trine.evaluation.tasks import TASKS, make_items
 
 VOCAB_SIZE = 4096

@@ -1,10 +1,10 @@
 """Train `tiny` and write its checkpoint.
 
-    PYTHONPATH=. python models/tiny/train.py --data .carry/tiny --model trine/data/tiny --output OUT --steps 5000
+    python -m models.tiny.train --data build/tiny --model trine/data/tiny --output trine/data/tiny --minutes 7.4
 
-The data comes from prose.py and tokenizer.py; tasks and conversations are generated while training. On one H200 the
-default run takes about 20 minutes; `--minutes` ends it (learning rate and curriculum included) at a time limit,
-`--save FILE` and `--resume FILE` carry the whole state over from one run to the next.
+The data comes from prose.py and tokenizer.py; tasks and conversations are generated while training. The
+9,000 steps take eight minutes on one H200; `--minutes` ends them (learning rate and curriculum included) at a time
+limit, `--save FILE` and `--resume FILE` carry the whole state over from one run to the next.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from data import CATEGORIES, Batches
-from model import Shape, Tiny, block_mask, dense_mask
-from optimizer import make_optimizers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader
+
+from models.tiny.data import CATEGORIES, Batches
+from models.tiny.model import Shape, Tiny, block_mask, dense_mask
+from models.tiny.optimizer import make_optimizers
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 WARM_UP = 150
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="prose.npy and definitions.json")
     parser.add_argument("--model", type=Path, required=True, help="the model's directory: its tokenizer files")
     parser.add_argument("--output", type=Path, required=True, help="where the checkpoint is written")
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--stop-after", type=int, help="end this run after so many steps, before the schedule ends")
     parser.add_argument("--minutes", type=float, help="shorten the schedule to this time")
     parser.add_argument("--rows", type=int, default=32, help="rows a step")
@@ -63,7 +64,7 @@ def losses_of(model: Tiny, batch: Tensor, mask: object) -> tuple[Tensor, Tensor]
     tokens, weights, documents, categories = batch.unbind(1)
     with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=batch.is_cuda):
         logits = model(tokens, mask)[:, :-1]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    losses = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     counted = weights[:, 1:] * (documents[:, 1:] == documents[:, :-1]) / 100
     weighted = losses * counted.flatten()
     sums = torch.zeros(2, len(CATEGORIES), device=batch.device)

@@ -1,7 +1,7 @@
 """Looking up the value of a key in a list of key–value pairs, up to 3,500 tokens long.
 
-The pair that is asked for decides the split: no pair of a training list is ever held out, so a held-out answer is a pair
-that training never saw.
+The pair that is asked for decides the split: no pair of a training list is ever held out, so a held-out answer is a
+pair that training never saw.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from trine.evaluation.tasks import TASKS, make_items
 
 if TYPE_CHECKING:
     from trine.llm.api import LLM
-    from trine.llm.outputs import CompletionOutput
+    from trine.llm.tokenizer import Tokenizer
 
 NUM_ITEMS = 200
 LONG_ITEM_SHARE = 0.25
@@ -89,34 +89,27 @@ def _score(llm: LLM, task: str, count: int, seed: int, progress: Progress | None
     from trine.llm.sampling.params import SamplingParams
 
     tokenizer = llm.tokenizer
+    if tokenizer is None:
+        raise ConfigurationError("model: it has no tokenizer, and tasks are text; give a directory with tokenizer.json")
 
     def count_tokens(texts: list[str]) -> list[int]:
         return [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
     items = make_items(task, seed, count, "heldout", count_tokens)
-    # <tool_call> is a special token of the vocabulary: the answer's text needs it.
-    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, skip_special_tokens=False)
+    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
     right = 0
     chunk = 8 if task == "lookup_3500" else 50
     for start in range(0, count, chunk):
         batch = items[start : start + chunk]
         outputs = llm.generate([{"prompt_token_ids": _prompt(tokenizer, item)} for item in batch], params)
         for item, output in zip(batch, outputs, strict=True):
-            right += _is_right_output(item, output.outputs[0], tokenizer)
+            answer = output.outputs[0]
+            right += is_right(item, answer.text, stopped=answer.finish_reason == "stop")
         if progress is not None:
             progress(task, min(start + chunk, count), count)
     return right / count
 
 
-def _prompt(tokenizer: Any, item: Item) -> list[int]:
+def _prompt(tokenizer: Tokenizer, item: Item) -> list[int]:
     text = tokenizer.render_chat(list(item.messages), tools=list(item.tools) or None, add_generation_prompt=True)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
-
-
-def _is_right_output(item: Item, output: CompletionOutput, tokenizer: Any) -> bool:
-    ids = list(output.token_ids)
-    while ids and ids[-1] in tokenizer.eos_token_ids:
-        ids.pop()
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    return is_right(item, text, stopped=output.finish_reason == "stop")
+    return tokenizer.encode(text, add_special_tokens=False)

@@ -35,10 +35,7 @@ TASKS = (*SHORT_TASKS, *LENGTH_TASKS)
 
 def make_item(task: str, rng: random.Random, split: Split, count_tokens: CountTokens) -> Item:
     """One item of the task; the same random state gives the same item."""
-    if task in LENGTH_TASKS:
-        item = LENGTH_TASKS[task](rng, split, count_tokens)
-    else:
-        item = SHORT_TASKS[task](rng, split)
+    item = SHORT_TASKS[task](rng, split) if task in SHORT_TASKS else LENGTH_TASKS[task](rng, split, count_tokens)
     return with_system_prompt(item, rng)
 
 
