@@ -31,8 +31,8 @@ QUESTIONS = (
     "{key}?",
 )
 LINE_FORMS = ("{key}: {value}", "{key} = {value}", "- {key}: {value}", "{key} -> {value}")
-SPARE_LINES = 1.3
-"""Lines drawn beyond the estimate, since the length of a line varies."""
+SHORTEST_LINE = 4
+"""No line has fewer tokens: so many lines are drawn that they fill the budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def make_table(rng: random.Random, split: Split, budget: int, count_tokens: Coun
     A training list holds training pairs only; a held-out list holds pairs of both splits.
     """
     form, kind = rng.choice(LINE_FORMS), rng.choice((0, 0, 1, 2))
-    keys = _keys(rng, max(8, int(SPARE_LINES * budget / 7)))
+    keys = _keys(rng, max(8, budget // SHORTEST_LINE))
     pairs = [(key, _value(rng, kind)) for key in keys]
     if split == "train":
         pairs = [(key, value) for key, value in pairs if split_of("lookup", f"{key}={value}") == "train"]
