@@ -16,6 +16,7 @@ from tests.llm.models.checkpoints import Case, build
 from tests.llm.models.harness import PagedModel
 from trine.core.errors import ConfigurationError, ModelLoadError
 from trine.llm.config import ModelConfig, resolve_dtype
+from trine.llm.layers.rotary import cos_sin_table
 from trine.llm.loading import load_model, resolve_model, weight_bytes
 
 CPU = torch.device("cpu")
@@ -293,6 +294,22 @@ def test_dtype_by_both_names_and_by_choice(llama: Path) -> None:
 def test_the_context_length_counts_the_scaling(llama: Path, scaling: dict[str, Any] | None, expected: int) -> None:
     reconfigure(llama, rope_parameters=..., rope_scaling=scaling, rope_theta=10000.0)
     assert ModelConfig.from_directory(llama).max_model_len == expected
+
+
+@pytest.mark.parametrize("where", ["rope_parameters", "top"])
+def test_a_partial_rotation(llama: Path, where: str) -> None:
+    """Half of each head turns; Transformers' Llama can't, so the table is compared."""
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    if where == "top":
+        reconfigure(llama, rope_parameters=scaling, partial_rotary_factor=0.5)
+    else:
+        reconfigure(llama, rope_parameters=scaling | {"partial_rotary_factor": 0.5})
+    rope = ModelConfig.from_directory(llama).rope
+    assert rope is not None
+    table = cos_sin_table(rope, 4, CPU)
+    angles = torch.tensor([[p / 2 * 10000.0 ** (-i / 4) for i in range(4)] for p in range(4)])
+    assert torch.allclose(table, torch.cat((angles.cos(), angles.sin()), dim=1), atol=1e-6)
+    assert torch.isfinite(logits(llama)).all()
 
 
 def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
