@@ -117,6 +117,8 @@ def loaded(report: Report, shape: str) -> Iterator[Any]:
             folder, load_format="dummy", max_model_len=8192, enable_prefix_caching=False, cache_bytes=20 << 30
         ) as llm:
             report.show("speed", f"{shape} start", seconds=time.perf_counter() - start)
+            llm.generate({"prompt_token_ids": [1] * 100}, SamplingParams(temperature=0, max_tokens=1))
+            report.show("speed", f"{shape} start to first token", seconds=time.perf_counter() - start)
             yield llm
 
 

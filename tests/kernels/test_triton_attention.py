@@ -124,6 +124,19 @@ def test_counters_are_ready_for_the_next_launch() -> None:
     assert torch.equal(check(case), first)
 
 
+@pytest.mark.parametrize("window", [None, 500])
+def test_spreading_pieces_changes_no_bit(window: int | None) -> None:
+    case = paged_case([1200, 129, 128, 40], [1] * 4, num_heads=4, num_kv_heads=2, head_dim=32, device=DEVICE)
+    results = []
+    for programs_per_sm in (0, 1, 100):  # one program for all pieces, a few, one a piece
+        out = torch.empty(4, 128, device=DEVICE)
+        tuning = DecodeTuning(programs_per_sm=programs_per_sm)
+        decode_attention(case.q, case.k_cache, case.v_cache, case.batch, 0.2, window, out, tuning)
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("tuning", [DecodeTuning(kv_block=32, min_piece=128), DecodeTuning(max_pieces=4, num_warps=8)])
 def test_decode_tuning_is_free(tuning: DecodeTuning) -> None:
     case = paged_case([300, 90], [1, 1], num_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE)

@@ -30,12 +30,13 @@ LOG2_E = 1.4426950408889634
 class DecodeTuning:
     """The free choices of the kernel. The first three change the rounding of results; the others only speed."""
 
-    kv_block: int = 64  # positions a step of the inner loop
+    kv_block: int = 128  # positions a step of the inner loop, fewer where their keys take more than `kv_bytes`
     min_piece: int = 128  # positions of a piece are a multiple of this ...
     max_pieces: int = 32  # ... the smallest one that cuts the sequence into no more pieces than this
     programs_per_sm: int = 3  # with fewer, pieces are spread
     num_warps: int = 4
     num_stages: int = 3
+    kv_bytes: int = 32768
 
 
 @triton.jit
@@ -128,10 +129,9 @@ def _decode_kernel(
             kv_mask = kv_mask & (dims < head_dim)[None, :]
         k = tl.load(k_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(visible[None, :], scores, -float("inf"))
-        new_m = tl.maximum(m, tl.ceil(tl.max(scores, 1)))  # whole, so that what follows scales by powers of two
-        p = tl.exp2(scores - new_m[:, None])
+        scores = tl.where(visible[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+        new_m = tl.maximum(m, tl.ceil(tl.max(scores, 1) * scale))  # whole: what follows scales by powers of two
+        p = tl.exp2(tl.fma(scores, scale, -new_m[:, None]))
         rescale = tl.exp2(m - new_m)
         sums = sums * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -196,7 +196,7 @@ def decode_attention(
     merge_group_block = triton.next_power_of_2(group)
     units = batch.num_decodes * num_kv_heads
     wanted = num_multiprocessors(q.device) * tuning.programs_per_sm
-    runs = min(triton.cdiv(wanted, units), tuning.max_pieces)
+    runs = max(1, min(triton.cdiv(wanted, units), tuning.max_pieces))
     spread = runs > 1
     pieces = units * tuning.max_pieces if spread else 0
     stats = torch.empty((2, pieces, group), dtype=torch.float32, device=q.device)
@@ -224,7 +224,7 @@ def decode_attention(
         block_size=block_size,
         group=group,
         head_dim=head_dim,
-        kv_block=tuning.kv_block if head_dim <= 128 else tuning.kv_block // 2,
+        kv_block=min(tuning.kv_block, tuning.min_piece, tuning.kv_bytes // (dim_block * q.itemsize)),
         min_piece=tuning.min_piece,
         max_pieces=tuning.max_pieces,
         group_block=max(merge_group_block, 16),

@@ -27,7 +27,7 @@ class PrefillTuning:
     row_block: int = 128  # query rows (tokens times heads of the group) of a program
     kv_block: int = 128  # positions a step of the inner loop
     num_warps: int = 8
-    num_stages: int = 2
+    num_stages: int = 3
 
 
 def _tuning(head_dim: int, dtype: torch.dtype) -> PrefillTuning:
@@ -35,7 +35,7 @@ def _tuning(head_dim: int, dtype: torch.dtype) -> PrefillTuning:
     if dtype == torch.float32:
         return PrefillTuning(row_block=32, kv_block=32, num_warps=4, num_stages=1)
     if head_dim > 128:
-        return PrefillTuning(row_block=64, kv_block=32, num_warps=4)
+        return PrefillTuning(row_block=64, kv_block=32, num_warps=4, num_stages=2)
     return PrefillTuning()
 
 
@@ -57,14 +57,14 @@ def _attend(
         kv_mask = kv_mask & (dims < head_dim)[None, :]
     k = tl.load(k_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
     v = tl.load(v_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if masked:
         visible = positions[None, :] <= row_positions[:, None]
         if has_window:
             visible = visible & (positions[None, :] > row_positions[:, None] - window)
         scores = tl.where(visible, scores, -float("inf"))
-    new_m = tl.maximum(m, tl.max(scores, 1))
-    p = tl.exp2(scores - new_m[:, None])
+    new_m = tl.maximum(m, tl.max(scores, 1) * scale)
+    p = tl.exp2(tl.fma(scores, scale, -new_m[:, None]))  # spelt out, so that masked and other blocks round alike
     rescale = tl.exp2(m - new_m)
     sums = sums * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
