@@ -105,7 +105,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_act": "silu", "torch_dtype": "bfloat16", "eos_token_id": 128001,
     },
 }  # fmt: skip
-WORKLOADS = {"single": (1, 128, 256), "batch16": (16, 128, 256), "decode": (256, 128, 256), "prefill": (16, 4096, 1)}
+WORKLOADS = {  # requests, tokens in, tokens out
+    "single": (1, 128, 256),
+    "batch16": (16, 128, 256),
+    "decode": (256, 128, 512),
+    "mixed": (512, 1024, 256),
+    "prefill": (64, 4096, 1),
+}
 
 
 @contextmanager
@@ -114,7 +120,7 @@ def loaded(report: Report, shape: str) -> Iterator[Any]:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         start = time.perf_counter()
         with LLM(
-            folder, load_format="dummy", max_model_len=8192, enable_prefix_caching=False, cache_bytes=20 << 30
+            folder, load_format="dummy", max_model_len=8192, enable_prefix_caching=False, cache_bytes=60 << 30
         ) as llm:
             report.show("speed", f"{shape} start", seconds=time.perf_counter() - start)
             llm.generate({"prompt_token_ids": [1] * 100}, SamplingParams(temperature=0, max_tokens=1))
@@ -130,7 +136,8 @@ def measure_speed(report: Report, shape: str, profiled: bool) -> None:
             prompts = [
                 {"prompt_token_ids": [chooser.randrange(1000, 100000) for _ in range(length)]} for _ in range(requests)
             ]
-            llm.generate(prompts, SamplingParams(temperature=0, max_tokens=min(count, 16), ignore_eos=True))
+            warm = [{"prompt_token_ids": prompt["prompt_token_ids"][:17]} for prompt in prompts]
+            llm.generate(warm, SamplingParams(temperature=0, max_tokens=min(count, 16), ignore_eos=True))
             start = time.perf_counter()
             llm.generate(prompts, params)
             elapsed = time.perf_counter() - start
