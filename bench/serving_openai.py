@@ -151,7 +151,7 @@ def measure_service(args: argparse.Namespace, prompts: list[list[int]]) -> dict[
         watched = psutil.Process(process.pid)
         run = lambda: uvloop.run(stream_all(port, prompts, args.max_tokens))  # noqa: E731
         run()
-        rates, costs, firsts, chunks = [], [], [], []
+        rates, costs, kernel, firsts, chunks = [], [], [], [], []
         for _ in range(args.rounds):
             before = watched.cpu_times()
             results, seconds = run()
@@ -160,6 +160,7 @@ def measure_service(args: argparse.Namespace, prompts: list[list[int]]) -> dict[
             assert tokens == len(prompts) * args.max_tokens, tokens
             rates.append(tokens / seconds)
             costs.append((after.user + after.system - before.user - before.system) / tokens * 1e6)
+            kernel.append((after.system - before.system) / tokens * 1e6)
             firsts.append(sorted(result.first for result in results)[len(results) // 2])
             chunks.append(sum(result.chunks for result in results) / tokens)
     finally:
@@ -168,6 +169,7 @@ def measure_service(args: argparse.Namespace, prompts: list[list[int]]) -> dict[
     return {
         "tokens_per_second": median(rates),
         "cpu_us_per_token": median(costs),
+        "of_which_in_the_kernel": median(kernel),
         "time_to_first_token": median(firsts),
         "events_per_token": median(chunks),
     }

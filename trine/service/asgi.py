@@ -175,8 +175,14 @@ class Request:
         self.completed = True
         await self._send({"type": "http.response.body", "body": response.body})
 
-    async def write_events(self, data: bytes, more: bool) -> None:
+    def write_events(self, data: bytes, more: bool) -> Awaitable[None]:
         """Send a part of an event stream, its head first. Safe to call from several tasks."""
+        if self._streaming and more:  # a token's way: no coroutine of ours in between
+            return self._send({"type": "http.response.body", "body": data, "more_body": True})
+        return self._write_edge(data, more)
+
+    async def _write_edge(self, data: bytes, more: bool) -> None:
+        """The first or the last part of an event stream."""
         if not self._streaming:
             async with self._head_lock:
                 if not self.started:

@@ -207,11 +207,15 @@ class ChoiceStream:
         self._index = index
         self._chunks = chunks
         self._parser = job.parser()
+        self._plain = self._parser is None and not job.body.logprobs
         self._begun = False
         self._called = False
 
-    def push(self, delta: Delta, out: list[bytes]) -> None:
-        """Append the events of one delta to `out`."""
+    def push(self, delta: Delta) -> bytes:
+        """The events of one delta."""
+        if self._plain and self._begun and delta.finish_reason is None:
+            return self._chunks.content(self._index, delta.text) if delta.text else b""
+        out: list[bytes] = []
         if not self._begun:
             self._begun = True
             out.append(self._chunks.delta(self._index, ChoiceDelta(role="assistant", content="")))
@@ -224,6 +228,7 @@ class ChoiceStream:
         if delta.finish_reason in ("stop", "length"):
             reason = "tool_calls" if self._called and delta.finish_reason == "stop" else delta.finish_reason
             out.append(self._chunks.delta(self._index, ChoiceDelta(), finish_reason=reason))
+        return b"".join(out)
 
     def _push_parsed(self, delta: Delta, scores: ChoiceLogprobs | None, out: list[bytes]) -> None:
         events: list[Event] = [ContentDelta(delta.text)] if self._parser is None and delta.text else []
@@ -269,15 +274,14 @@ async def stream(job: Job) -> None:
     choices = [ChoiceStream(job, index, chunks) for index in range(job.params.n)]
     write = job.request.write_events
     try:
-        async for deltas in generation.deltas(generation.streams[0], 0):
-            out: list[bytes] = []
-            for delta in deltas:
-                choices[delta.index].push(delta, out)
+        async for deltas in generation.streams[0]:
+            generation.account(deltas, 0)
+            data = b"".join([choices[delta.index].push(delta) for delta in deltas])
             if not generation.unfinished:
                 usage = generation.usage()
-                out.append(chunks.usage(usage) + DONE if job.with_usage else DONE)
-            if out:
-                await write(b"".join(out), generation.unfinished > 0)
+                data += chunks.usage(usage) + DONE if job.with_usage else DONE
+            if data:
+                await write(data, generation.unfinished > 0)
     except TrineError as error:
         if not job.request.started:
             raise

@@ -204,9 +204,13 @@ class ChoiceStream:
         self._chunks = chunks
         self._builder = job.logprobs_builder()
         self._echo = bool(job.body.echo)
+        self._plain = not self._echo and self._builder is None
 
-    def push(self, delta: Delta, out: list[bytes]) -> None:
-        """Append the events of one delta to `out`."""
+    def push(self, delta: Delta) -> bytes:
+        """The events of one delta."""
+        if self._plain and delta.finish_reason is None:
+            return self._chunks.content(self._index, delta.text) if delta.text else b""
+        out: list[bytes] = []
         if self._echo:
             self._echo = False
             scores = None if self._builder is None else _echoed_logprobs(self._job, self._number, self._builder)
@@ -220,6 +224,7 @@ class ChoiceStream:
         if delta.finish_reason in ("stop", "length"):
             reason = "length" if self._job.only_echo else delta.finish_reason
             out.append(self._chunks.text(self._index, "", finish_reason=reason))
+        return b"".join(out)
 
 
 async def stream(job: Job) -> None:
@@ -231,15 +236,14 @@ async def stream(job: Job) -> None:
     async def one(number: int, source: RequestStream) -> None:
         first = number * width
         choices = {first + i: ChoiceStream(job, number, first + i, chunks) for i in range(width)}
-        async for deltas in generation.deltas(source, first):
-            out: list[bytes] = []
-            for delta in deltas:
-                choices[delta.index].push(delta, out)
+        async for deltas in source:
+            generation.account(deltas, first)
+            data = b"".join([choices[delta.index].push(delta) for delta in deltas])
             if not generation.unfinished:
                 usage = job.usage()
-                out.append(chunks.usage(usage) + DONE if job.with_usage else DONE)
-            if out:
-                await write(b"".join(out), generation.unfinished > 0)
+                data += chunks.usage(usage) + DONE if job.with_usage else DONE
+            if data:
+                await write(data, generation.unfinished > 0)
 
     try:
         await together([one(number, source) for number, source in enumerate(generation.streams)])

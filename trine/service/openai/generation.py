@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trine.core.errors import TrineError
@@ -24,7 +24,8 @@ _ENDED = {"stop": "stop", "length": "length"}
 class Generation:
     """The running sequences of one HTTP request: one engine request a prompt.
 
-    Iterating over `deltas` meters the tokens. `close` cancels what has not finished; it is to be called in any case.
+    Whoever iterates over a stream has each wake-up counted by `account`. `close` cancels what has not finished; it is to
+    be called in any case.
     """
 
     def __init__(self, service: Service, request: Request, num_sequences: int) -> None:
@@ -34,7 +35,6 @@ class Generation:
         self.unfinished = num_sequences
         self._meter = service.meter(request.arrival)
         self._notes = request.notes
-        self._reasons: list[str] = []
 
     def start(
         self,
@@ -62,41 +62,34 @@ class Generation:
         if self.unfinished:
             self._meter.finish("abort", sum(self.completion_tokens))
 
-    async def deltas(self, stream: RequestStream, first_choice: int) -> AsyncIterator[list[Delta]]:
-        """What the engine adds to one prompt's choices, numbered from `first_choice` on over all prompts."""
-        counts, meter = self.completion_tokens, self._meter
-        waiting = True
-        async for deltas in stream:
-            if waiting:
-                waiting = False
-                meter.prompt(len(stream.prompt_token_ids))
-            if len(deltas) == 1:
-                delta = deltas[0]
+    def account(self, deltas: list[Delta], first_choice: int) -> None:
+        """Count what one wake-up brought, and number its deltas from `first_choice` on, over all prompts."""
+        counts = self.completion_tokens
+        if len(deltas) == 1:
+            [delta] = deltas
+            delta.index += first_choice
+            total = len(delta.token_ids)
+            counts[delta.index] += total
+            self._meter.wake_up(total, 1)
+        else:
+            total, choices = 0, set()
+            for delta in deltas:
                 delta.index += first_choice
-                num_tokens = len(delta.token_ids)
-                counts[delta.index] += num_tokens
-                meter.wake_up(num_tokens, 1)
-                if delta.finish_reason is not None:
-                    self._ended(delta)
-            else:
-                total, choices = 0, set()
-                for delta in deltas:
-                    delta.index += first_choice
-                    counts[delta.index] += len(delta.token_ids)
-                    total += len(delta.token_ids)
-                    choices.add(delta.index)
-                    if delta.finish_reason is not None:
-                        self._ended(delta)
-                meter.wake_up(total, len(choices))
-            yield deltas
+                counts[delta.index] += len(delta.token_ids)
+                total += len(delta.token_ids)
+                choices.add(delta.index)
+            self._meter.wake_up(total, len(choices))
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._ended(delta)
 
     async def collect(self) -> list[RequestOutput]:
         """The whole results, one a prompt."""
         width = len(self.completion_tokens) // len(self.streams)
 
         async def one(number: int, stream: RequestStream) -> RequestOutput:
-            async for _ in self.deltas(stream, number * width):
-                pass
+            async for deltas in stream:
+                self.account(deltas, number * width)
             return stream.state.result()
 
         return await together([one(number, stream) for number, stream in enumerate(self.streams)])
@@ -104,11 +97,12 @@ class Generation:
     def _ended(self, delta: Delta) -> None:
         reason = delta.finish_reason or "error"
         self._meter.finish(reason, self.completion_tokens[delta.index])
-        self._reasons.append(reason)
         self._notes["finish_reason"] = reason
         if reason in _ENDED:  # the others end the whole request with an error
             self.unfinished -= 1
             if not self.unfinished:
+                for stream in self.streams:
+                    self._meter.prompt(len(stream.prompt_token_ids))
                 self._meter.done()
 
     def usage(self) -> Usage:
