@@ -2,9 +2,9 @@
 
     python bench/sampling.py [--threads N] [--device cpu|cuda] [--json FILE]
 
-The peer is what a straightforward sampler does: torch.argmax; softmax and torch.multinomial; a full sort for top-p. Two kinds
-of logits: `peaked` falls off like a trained model's (the nucleus of 0.9 has tens of tokens), `flat` is what random weights
-give (it has most of the vocabulary).
+The peer is what a straightforward sampler does: torch.argmax; softmax and torch.multinomial; a full sort for top-p.
+Two kinds of logits: `peaked` falls off like a trained model's (the nucleus of 0.9 has tens of tokens), `flat` is what
+random weights give (it has most of the vocabulary).
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def main() -> None:
                         )
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"threads": torch.get_num_threads(), "device": arguments.device, "steps": records}, file, indent=1)
+            json.dump(
+                {"threads": torch.get_num_threads(), "device": arguments.device, "steps": records}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from trine.llm.sampling import distribution
+from trine.llm.sampling.distribution import CHUNK_ELEMENTS
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 # A nucleus (top_p) is looked for above the 256th largest block maximum, where at least 256 tokens are.
 _NUCLEUS_BLOCKS = 256
-_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ def _lower_bounds(
 def _select(logits: Tensor, largest: Tensor, bounds: npt.NDArray[np.float32], temperature: FloatArray) -> _Candidates:
     array = logits.numpy()
     rows, width = array.shape
-    step = max(1, _CHUNK_ELEMENTS // width)
+    step = max(1, CHUNK_ELEMENTS // width)
     found = [
         np.flatnonzero(array[at : at + step] >= bounds[at : at + step, None]) + at * width
         for at in range(0, rows, step)
@@ -124,7 +124,7 @@ def _totals(logits: Tensor, largest: Tensor, filters: Filters) -> FloatArray:
     """The weight of the whole row where only top_p needs it, else 0: [B]."""
     total = np.zeros(len(filters.top_p))
     lines = np.flatnonzero((filters.top_p < 1.0) & (filters.top_k == 0))
-    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    step = max(1, CHUNK_ELEMENTS // logits.shape[1])
     for at in range(0, len(lines), step):
         part = torch.from_numpy(lines[at : at + step])
         temperature = torch.from_numpy(filters.temperature)[part].to(torch.float32)

@@ -20,6 +20,8 @@ from torch import Tensor
 WEIGHT_BITS = 34
 MAX_VOCABULARY = 1 << (53 - WEIGHT_BITS)
 BLOCK = 128
+CHUNK_ELEMENTS = 1 << 18
+"""Logits to work on at a time on a CPU: 1 MiB stays in a core's cache through several passes."""
 _SCALE = float(1 << WEIGHT_BITS)
 
 
@@ -52,17 +54,17 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return inner.gather(1, best).squeeze(1), ids.gather(1, best).squeeze(1), maxima
 
 
-def scaled_logits(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
+def scaled_logits(logits: Tensor, largest: Tensor, temperature: Tensor | None) -> Tensor:
     """z = (logit - largest) / temperature. logits [B, V], largest and temperature [B] float32 -> [B, Vp] float32.
 
-    Vp is V rounded up to whole blocks; the padding is minus infinity.
+    Vp is V rounded up to whole blocks; the padding is minus infinity. No temperature is a temperature of 1.
     """
     rows, width = logits.shape
     padded = -(-width // BLOCK) * BLOCK
     z = torch.empty((rows, padded), dtype=torch.float32, device=logits.device)
     z[:, width:] = -math.inf
     torch.sub(logits, largest[:, None], out=z[:, :width])
-    return z.mul_(temperature.reciprocal()[:, None])
+    return z if temperature is None else z.mul_(temperature.reciprocal()[:, None])
 
 
 def weights(z: Tensor) -> Tensor:

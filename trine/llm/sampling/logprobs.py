@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trine.llm.sampling.distribution import BLOCK, argmax
+from trine.llm.sampling.distribution import BLOCK, CHUNK_ELEMENTS, argmax, scaled_logits
 
 
 @dataclass(slots=True)
@@ -41,25 +41,50 @@ class SampledLogprobs:
         self.top_logprobs.index_copy_(0, index, source.top_logprobs)
 
 
-def log_normalizer(logits: Tensor) -> Tensor:
-    """log(sum(exp(logits))) of each row, [B, V] float32 -> [B, 1] float32; a row's result is the same in any batch."""
-    largest, _, _ = argmax(logits)
-    shifted = torch.exp(logits - largest[:, None])
-    whole = logits.shape[1] // BLOCK * BLOCK
-    # Blocks first: torch splits one long sum over threads when it is the only one, and that changes the last bits.
-    total = shifted[:, :whole].view(-1, whole // BLOCK, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
-    total = total + shifted[:, whole:].sum(-1, dtype=torch.float64)
-    result: Tensor = total.log() + largest.to(torch.float64)
-    return result.to(torch.float32)[:, None]
-
-
 def prompt_logprobs(logits: Tensor, targets: Tensor, k: int) -> SampledLogprobs:
     """Log-probabilities and ranks of `targets` [B] int64, and the k most probable tokens'. logits [B, V] float32.
 
-    A token's rank is one more than the number of tokens that are strictly more probable.
+    A token's rank is one more than the number of tokens that are strictly more probable. Among equally probable ones
+    the k hold those with the smaller ids. A position's result is the same, bit for bit, in any batch.
     """
-    normalizer = log_normalizer(logits)
+    k = min(k, logits.shape[1])
+    if logits.device.type != "cpu" or logits.shape[0] * logits.shape[1] <= CHUNK_ELEMENTS:
+        return _logprobs(logits, targets, k)
+    result = SampledLogprobs.empty(logits.shape[0], k, logits.device)
+    step = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        part = slice(start, start + step)
+        result.put(torch.arange(logits.shape[0])[part], _logprobs(logits[part], targets[part], k))
+    return result
+
+
+def _logprobs(logits: Tensor, targets: Tensor, k: int) -> SampledLogprobs:
+    largest, _, maxima = argmax(logits)
+    weights = scaled_logits(logits, largest, None).exp_()
+    # Blocks first: torch splits one long sum over threads when it is the only one, and that changes the last bits.
+    total = weights.view(len(weights), -1, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
+    normalizer = (total.log() + largest.to(torch.float64)).to(torch.float32)[:, None]
     target_logits = logits.gather(1, targets.clamp(min=0)[:, None])
     ranks = (logits > target_logits).sum(-1) + 1
-    tops, ids = torch.topk(logits, min(k, logits.shape[1]), dim=-1)
-    return SampledLogprobs((target_logits - normalizer).squeeze(1), ranks, ids, tops - normalizer)
+    ids = _top_ids(logits, maxima, k)
+    return SampledLogprobs((target_logits - normalizer).squeeze(1), ranks, ids, logits.gather(1, ids) - normalizer)
+
+
+def _top_ids(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
+    """Ids of the k largest logits, the largest first, of equal ones the smallest id: [B, k] int64.
+
+    They are in the k blocks whose maxima come first in that order, so only those are searched.
+    """
+    blocks = _order(maxima, torch.arange(maxima.shape[1], device=logits.device).expand_as(maxima))
+    chosen = blocks.topk(min(k, maxima.shape[1]), dim=-1).indices
+    ids = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
+    keys = _order(logits.gather(1, ids.clamp(max=logits.shape[1] - 1)), ids)
+    keys.masked_fill_(ids >= logits.shape[1], torch.iinfo(torch.int64).min)
+    return ids.gather(1, keys.topk(k, dim=-1).indices)
+
+
+def _order(values: Tensor, ids: Tensor) -> Tensor:
+    """Integers in the order of the float32 values, and of falling ids where these are equal."""
+    bits = values.view(torch.int32)
+    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    return (rising << 32) | (0xFFFFFFFF - ids)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntFlag
 
 import numpy as np
 import numpy.typing as npt
@@ -17,22 +16,9 @@ from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
 from trine.llm.sampling.params import SamplingParams
 from trine.llm.sampling.random import as_uint64, uniforms
 
-_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32
-
-
-class _Use(IntFlag):
-    """What a row needs beyond the largest logit."""
-
-    RANDOM = 1
-    TOP_K = 2
-    TOP_P = 4
-    MIN_P = 8
-    EDITS = 16
-    GUIDED = 32
-    LOGPROBS = 64
-
-
-_FILTERS = _Use.TOP_K | _Use.TOP_P | _Use.MIN_P
+# What a row needs beyond the largest logit: bits, since a step asks for each of them over all rows.
+_RANDOM, _TOP_K, _TOP_P, _MIN_P, _EDITS, _GUIDED, _LOGPROBS = (1 << bit for bit in range(7))
+_FILTERS = _TOP_K | _TOP_P | _MIN_P
 
 
 @dataclass(slots=True)
@@ -81,19 +67,19 @@ class Sampler:
         seed: int,
     ) -> None:
         """Give `row` to a sequence. output_token_ids is non-empty when a preempted sequence resumes."""
-        uses = _Use(0)
+        uses = 0
         top_k = params.top_k if params.top_k < self.vocab_size else 0
         if not params.greedy and top_k != 1:
-            uses |= _Use.RANDOM
-            uses |= _Use.TOP_K if top_k else _Use(0)
-            uses |= _Use.TOP_P if params.top_p < 1.0 else _Use(0)
-            uses |= _Use.MIN_P if params.min_p > 0.0 else _Use(0)
+            uses |= _RANDOM
+            uses |= _TOP_K if top_k else 0
+            uses |= _TOP_P if params.top_p < 1.0 else 0
+            uses |= _MIN_P if params.min_p > 0.0 else 0
         if params.logprobs is not None:
-            uses |= _Use.LOGPROBS
+            uses |= _LOGPROBS
         if params.guided is not None:
-            uses |= _Use.GUIDED
+            uses |= _GUIDED
         if self._edits.set_row(row, params, prompt_token_ids, output_token_ids, eos_token_ids, bad_words_token_ids):
-            uses |= _Use.EDITS
+            uses |= _EDITS
         self._uses[row] = uses
         self._seeds[row] = as_uint64(seed)
         self._filters[row] = (params.temperature, top_k, params.top_p, params.min_p)
@@ -101,7 +87,7 @@ class Sampler:
 
     def clear_row(self, row: int) -> None:
         """Take `row` from its sequence and free what its options held."""
-        if self._uses[row] & _Use.EDITS:
+        if self._uses[row] & _EDITS:
             self._edits.clear_row(row)
         self._uses[row] = 0
 
@@ -116,24 +102,24 @@ class Sampler:
         """
         index = np.asarray(rows, dtype=np.int64)
         uses = self._uses[index]
-        anyone = _Use(int(np.bitwise_or.reduce(uses))) if len(index) else _Use(0)
-        raw = self._raw_logits(logits, uses, anyone, copy=bool(anyone & (_Use.EDITS | _Use.GUIDED)))
-        if anyone & (_Use.EDITS | _Use.GUIDED):
-            guided = uses & _Use.GUIDED != 0 if bitmask is not None else None
+        anyone = int(np.bitwise_or.reduce(uses)) if len(index) else 0
+        raw = self._raw_logits(logits, uses, anyone, copy=bool(anyone & (_EDITS | _GUIDED)))
+        if anyone & (_EDITS | _GUIDED):
+            guided = uses & _GUIDED != 0 if bitmask is not None else None
             self._edits.apply(logits, index, np.asarray(steps), bitmask, guided)
         largest, tokens, maxima = distribution.argmax(logits)
-        if anyone & _Use.RANDOM:
+        if anyone & _RANDOM:
             self._draw(logits, index, uses, np.asarray(steps), maxima, largest, tokens)
         tokens = torch.where(torch.isfinite(largest), tokens, -1)
-        if anyone & _Use.EDITS:
+        if anyone & _EDITS:
             self._edits.record(index, tokens)
         return SamplerOutput(tokens, self._logprobs(raw, uses, index, tokens) if raw is not None else None)
 
-    def _raw_logits(self, logits: Tensor, uses: npt.NDArray[np.uint8], anyone: _Use, copy: bool) -> Tensor | None:
+    def _raw_logits(self, logits: Tensor, uses: npt.NDArray[np.uint8], anyone: int, copy: bool) -> Tensor | None:
         """The unedited logits of the rows that want log-probabilities."""
-        if not anyone & _Use.LOGPROBS:
+        if not anyone & _LOGPROBS:
             return None
-        wanted = np.flatnonzero(uses & _Use.LOGPROBS)
+        wanted = np.flatnonzero(uses & _LOGPROBS)
         if len(wanted) == len(uses):
             return logits.clone() if copy else logits
         return logits.index_select(0, self._upload(wanted))
@@ -144,7 +130,7 @@ class Sampler:
         count = int(self._logprob_counts[index].max())
         if raw.shape[0] == len(index):
             return prompt_logprobs(raw, tokens, count)
-        wanted = self._upload(np.flatnonzero(uses & _Use.LOGPROBS))
+        wanted = self._upload(np.flatnonzero(uses & _LOGPROBS))
         part = prompt_logprobs(raw, tokens.index_select(0, wanted), count)
         result = SampledLogprobs.empty(len(index), part.top_ids.shape[1], self.device)
         result.put(wanted, part)
@@ -163,21 +149,21 @@ class Sampler:
         """Replace the greedy tokens of the rows that sample. Rows with and without filters are drawn apart."""
         table = np.column_stack((uniforms(self._seeds[index], steps.astype(np.uint64)), self._filters[index]))
         filtered = uses & _FILTERS != 0
-        plain = (uses & _Use.RANDOM != 0) & ~filtered
-        for part in self._chunks(np.flatnonzero(plain), _CHUNK_ELEMENTS):
+        plain = (uses & _RANDOM != 0) & ~filtered
+        for part in self._chunks(np.flatnonzero(plain), distribution.CHUNK_ELEMENTS):
             lines = self._upload(part)
             at, end = int(part[0]), int(part[-1]) + 1
             chosen = logits[at:end] if end - at == len(part) else logits[lines]
-            drawn = _draw_on_device(chosen, largest[lines], self._upload(table[part]), _Use.RANDOM)
+            drawn = _draw_on_device(chosen, largest[lines], self._upload(table[part]), _RANDOM)
             tokens.index_copy_(0, lines, drawn)
-        for part in self._chunks(np.flatnonzero(filtered), 8 * _CHUNK_ELEMENTS):
+        for part in self._chunks(np.flatnonzero(filtered), 8 * distribution.CHUNK_ELEMENTS):
             lines = self._upload(part)
             chosen = logits if len(part) == len(index) else logits[lines]
             if self.device.type == "cpu":
                 filters = candidates.Filters.from_table(table[part])
                 drawn = candidates.draw(chosen, maxima[lines], largest[lines], filters)
             else:
-                needs = _Use(int(np.bitwise_or.reduce(uses[part])))
+                needs = int(np.bitwise_or.reduce(uses[part]))
                 drawn = _draw_on_device(chosen, largest[lines], self._upload(table[part]), needs)
             tokens.index_copy_(0, lines, drawn)
 
@@ -195,7 +181,7 @@ class Sampler:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-def _draw_on_device(logits: Tensor, largest: Tensor, table: Tensor, needs: _Use) -> Tensor:
+def _draw_on_device(logits: Tensor, largest: Tensor, table: Tensor, needs: int) -> Tensor:
     """Draw one token a row, [B] int64. table [B, 5] float64: uniform number, temperature, top_k, top_p, min_p."""
     uniform, temperature, top_k, top_p, min_p = table.unbind(1)
     z = distribution.scaled_logits(logits, largest, temperature.to(torch.float32))
@@ -203,9 +189,9 @@ def _draw_on_device(logits: Tensor, largest: Tensor, table: Tensor, needs: _Use)
     if needs & _FILTERS:
         limit = distribution.thresholds(
             z,
-            top_k.to(torch.int64) if needs & _Use.TOP_K else None,
-            top_p if needs & _Use.TOP_P else None,
-            min_p if needs & _Use.MIN_P else None,
+            top_k.to(torch.int64) if needs & _TOP_K else None,
+            top_p if needs & _TOP_P else None,
+            min_p if needs & _MIN_P else None,
         )
         mass.masked_fill_(z < limit, 0.0)
     return distribution.draw(mass, uniform)
