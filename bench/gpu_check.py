@@ -369,6 +369,7 @@ def main() -> None:
     parser.add_argument("--only", default="kernels,timing,tuning,engine,speed,profile")
     parser.add_argument("--rounds", type=int, default=24, help="random shapes that every kernel is checked on")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
+    parser.add_argument("--shapes", default=",".join(gpu_engine.SHAPES), help="models whose speed is measured")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report = Report(set(options.only.split(",")), options.json)
@@ -378,7 +379,7 @@ def main() -> None:
     report.part("engine", lambda: gpu_engine.check_engine(report))
     if DEVICE.type == "cuda":
         profiled = "profile" in report.sections
-        for shape in gpu_engine.SHAPES:
+        for shape in options.shapes.split(","):
             report.part("speed", lambda shape=shape: gpu_engine.measure_speed(report, shape, profiled))
         report.part("timing", lambda: time_all(report))
         report.part("tuning", lambda: tune(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import tempfile
@@ -116,6 +117,8 @@ WORKLOADS = {  # requests, tokens in, tokens out
 
 @contextmanager
 def loaded(report: Report, shape: str) -> Iterator[Any]:
+    gc.collect()  # engines before this one
+    torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         start = time.perf_counter()
