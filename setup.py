@@ -27,6 +27,9 @@ SOURCES = {
     "api.cpp": ("x86_64_v2", "x86-64-v2"),
     "isa/avx2.cpp": ("haswell", "haswell"),
     "isa/avx512.cpp": ("cascadelake", "cascadelake"),
+    "isa/avx512_bf16.cpp": ("cooperlake", "cooperlake"),
+    "isa/amx.cpp": ("sapphirerapids", "sapphirerapids"),
+    "isa/emulated.cpp": ("haswell", "haswell"),
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 FLAGS += ["-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wno-unused-function"]
@@ -48,7 +51,9 @@ def system_compiler() -> list[str] | None:
 def compile_library(compiler: list[str], is_zig: bool, objects: Path, library: Path) -> None:
     """Compile csrc/ into the shared library `library`; CalledProcessError when the compiler fails."""
     objects.mkdir(parents=True, exist_ok=True)
-    extra = ZIG_FLAGS if is_zig else ["-w"]  # GCC's own intrinsics warn by the thousand
+    # GCC's own intrinsics warn by the thousand, and GCC 12 miscompiles those of AMX.
+    extra = ZIG_FLAGS if is_zig else ["-w", "-DTRINE_NO_AMX"]
+    sources = [source for source in SOURCES if is_zig or source != "isa/amx.cpp"]
 
     def compile_source(source: str) -> str:
         output = objects / (Path(source).stem + ".o")
@@ -58,7 +63,7 @@ def compile_library(compiler: list[str], is_zig: bool, objects: Path, library: P
         return str(output)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = list(pool.map(compile_source, SOURCES))
+        files = list(pool.map(compile_source, sources))
     library.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, then in its place: a process that has the old library mapped keeps it.
     fresh = library.with_suffix(".new")

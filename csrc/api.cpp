@@ -11,6 +11,11 @@ namespace trine {
 
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#if !defined(TRINE_NO_AMX)
+extern const Kernels kernels_amx;
+#endif
+extern const Kernels kernels_emulated;
 
 namespace {
 
@@ -41,14 +46,21 @@ Features detect() {
 
 const Kernels* find(const char* name) {
     static const Features features = detect();
+#if !defined(TRINE_NO_AMX)
+    if (features.amx && !strcmp(name, "amx")) return &kernels_amx;
+#endif
+    if (features.avx512_bf16 && !strcmp(name, "avx512_bf16")) return &kernels_avx512_bf16;
     if (features.avx512 && !strcmp(name, "avx512")) return &kernels_avx512;
     if (features.avx2 && !strcmp(name, "avx2")) return &kernels_avx2;
+    if (features.avx2 && !strcmp(name, "emulated")) return &kernels_emulated;
     return nullptr;
 }
 
 const Kernels* choose() {
-    const Kernels* best = find("avx512");
-    return best ? best : find("avx2");
+    static const char* const names[] = {"amx", "avx512_bf16", "avx512", "avx2"};
+    for (const char* name : names)
+        if (const Kernels* found = find(name)) return found;
+    return nullptr;
 }
 
 const Kernels* kernels = choose();

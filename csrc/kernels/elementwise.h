@@ -19,37 +19,57 @@ INLINE void over_rows(int64_t rows, int64_t size, const Body& body) {
         parallel(ceil_div(rows, block), [&](int64_t i) { body(i * block, min(rows, i * block + block)); });
 }
 
+// The sum over i of f(vector at i), for a row of `size` elements; two chains of sums hide the latency of an addition.
+template <class F>
+INLINE float sum_over(int64_t size, const F& f) {
+    vf even = zero(), odd = zero();
+    int64_t i = 0;
+    for (; i + W < size; i += 2 * W) {
+        even = add(even, f(i));
+        odd = add(odd, f(i + W));
+    }
+    if (i < size) even = add(even, f(i));
+    return hsum(add(even, odd));
+}
+
 // One row: residual += x (rounded to T, as the residual stream is), then RMS norm or, with a bias, layer norm of it.
 template <class T>
 static void norm_row(const NormArgs& args, int64_t row) {
     const int64_t size = args.size;
     const T* x = static_cast<const T*>(args.x) + row * size;
+    T* residual = args.residual ? static_cast<T*>(args.residual) + row * size : nullptr;
     const T* weight = static_cast<const T*>(args.weight);
     const T* bias = static_cast<const T*>(args.bias);
     T* y = static_cast<T*>(args.y) + row * size;
-    if (args.residual) {
-        T* residual = static_cast<T*>(args.residual) + row * size;
-        for (int64_t i = 0; i < size; i += W)
-            store_upto(residual + i, add(load_upto(residual + i, size - i), load_upto(x + i, size - i)), size - i);
-        x = residual;
-    }
-    float mean = 0;
+    float* value = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, (size + W) * sizeof(float)));
+
+    const auto read = [&](int64_t i) {
+        vf v = load_upto(x + i, size - i);
+        if (residual) {
+            store_upto(residual + i, add(load_upto(residual + i, size - i), v), size - i);
+            v = load_upto(residual + i, size - i);
+        }
+        store(value + i, v);
+        return v;
+    };
+    float mean = 0, squares;
     if (bias) {
-        vf sum = zero();
-        for (int64_t i = 0; i < size; i += W) sum = add(sum, load_upto(x + i, size - i));
-        mean = hsum(sum) / size;
+        mean = sum_over(size, read) / size;
+        squares = sum_over(size, [&](int64_t i) {
+            const vf d = first_n(sub(load(value + i), set1(mean)), zero(), size - i);
+            return mul(d, d);
+        });
+    } else {
+        squares = sum_over(size, [&](int64_t i) {
+            const vf v = read(i);
+            return mul(v, v);
+        });
     }
-    vf squares[2] = {zero(), zero()};
+    const vf scale = set1(1.0f / __builtin_sqrtf(squares / size + args.eps));
     for (int64_t i = 0; i < size; i += W) {
-        const vf d = first_n(sub(load_upto(x + i, size - i), set1(mean)), zero(), size - i);
-        squares[i / W % 2] = fma(d, d, squares[i / W % 2]);
-    }
-    const vf scale = set1(1.0f / __builtin_sqrtf(hsum(add(squares[0], squares[1])) / size + args.eps));
-    for (int64_t i = 0; i < size; i += W) {
-        vf value = mul(sub(load_upto(x + i, size - i), set1(mean)), scale);
-        value = mul(value, load_upto(weight + i, size - i));
-        if (bias) value = add(value, load_upto(bias + i, size - i));
-        store_upto(y + i, value, size - i);
+        vf v = mul(mul(sub(load(value + i), set1(mean)), scale), load_upto(weight + i, size - i));
+        if (bias) v = add(v, load_upto(bias + i, size - i));
+        store_upto(y + i, v, size - i);
     }
 }
 

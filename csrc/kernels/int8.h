@@ -1,7 +1,7 @@
 // out = x wᵀ + bias for weights of 8-bit integers with a scale for each group of neighbours in k.
 //
-// x is rounded to 16-bit integers, each group of each row with a scale of its own: next to the weights' rounding its own
-// is nothing, and products of 16-bit integers cost AVX2 the same as the detour that products of 8-bit integers take
+// x is rounded to 16-bit integers, each group of each row with a scale of its own: next to the weights' rounding its
+// own is nothing, and products of 16-bit integers cost AVX2 the same as the detour that products of 8-bit integers take
 // there. A group's sum of products is exact, so it does not matter in which order it is taken; the groups' sums are
 // added in order of k in float32. A row's result does not depend on what else is in the batch, bit for bit.
 //
@@ -15,8 +15,8 @@ namespace trine {
 namespace TRINE_ISA {
 
 constexpr int PANEL_INT_VECTORS = 2 * PANEL_VECTORS;  // sums of pairs of products, two lanes a column
-constexpr int MAX_INT_ROWS = W == 8 ? 3 : 6;
-constexpr int64_t MAX_GROUP = 512;  // 512 * 127 * 32767 < 2^31
+constexpr int MAX_INT_ROWS = W == 8 ? 2 : 6;
+constexpr int64_t MAX_GROUP = 512;   // 512 * 127 * 32767 < 2^31
 constexpr int64_t QUAD = 4 * PANEL;  // weights of a panel for four neighbours in k
 
 // x of one pass, rounded: blocks of rows [k / 4][rows of the block][4], and scales [rows][groups].
@@ -33,9 +33,9 @@ static void int8_group(const int16_t* x, const float* x_scales, int64_t groups, 
     constexpr int V = PANEL_INT_VECTORS;
     vi sum[R][V];
     UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int v = 0; v < V; ++v) sum[r][v] = zeroi();
+    for (int r = 0; r < R; ++r) UNROLL
+    for (int v = 0; v < V; ++v) sum[r][v] = zeroi();
+    UNROLL_2
     for (int64_t q = 0; q < quads; ++q) {
         vi value[R];
         UNROLL
@@ -43,7 +43,8 @@ static void int8_group(const int16_t* x, const float* x_scales, int64_t groups, 
         if constexpr (!WIDENED) __builtin_prefetch(weights + q * QUAD + 2048);
         UNROLL
         for (int v = 0; v < V; ++v) {
-            const vi w = WIDENED ? loadi(weights + q * QUAD * 2 + v * W * 4) : widen_int8(weights + q * QUAD + v * W * 2);
+            const vi w =
+                WIDENED ? loadi(weights + q * QUAD * 2 + v * W * 4) : widen_int8(weights + q * QUAD + v * W * 2);
             UNROLL
             for (int r = 0; r < R; ++r) sum[r][v] = dot_pairs(sum[r][v], w, value[r]);
         }
@@ -64,9 +65,8 @@ template <bool WIDENED>
 INLINE void int8_block(int64_t rows, const int16_t* x, const float* x_scales, int64_t groups, const char* weights,
                        const bf16* scales, int64_t quads, float* c, int64_t ldc) {
     using Function = decltype(&int8_group<1, WIDENED>);
-    static constexpr Function functions[] = {int8_group<1, WIDENED>, int8_group<2, WIDENED>,
-                                             int8_group<3, WIDENED>, int8_group<4, WIDENED>,
-                                             int8_group<5, WIDENED>, int8_group<6, WIDENED>};
+    static constexpr Function functions[] = {int8_group<1, WIDENED>, int8_group<2, WIDENED>, int8_group<3, WIDENED>,
+                                             int8_group<4, WIDENED>, int8_group<5, WIDENED>, int8_group<6, WIDENED>};
     functions[rows - 1](x, x_scales, groups, weights, scales, quads, c, ldc);
 }
 
@@ -95,9 +95,11 @@ static void int8_task(const LinearJob& job, int64_t index) {
                 const int16_t* block = x.values + row * k + g * weight.group * size;
                 float* sums = c + (row - task.row) * ldc + p * PANEL;
                 if (widen)
-                    int8_block<true>(size, block, x.scales + row * groups + g, groups, widened, scales, quads, sums, ldc);
+                    int8_block<true>(size, block, x.scales + row * groups + g, groups, widened, scales, quads, sums,
+                                     ldc);
                 else
-                    int8_block<false>(size, block, x.scales + row * groups + g, groups, values, scales, quads, sums, ldc);
+                    int8_block<false>(size, block, x.scales + row * groups + g, groups, values, scales, quads, sums,
+                                      ldc);
             }
         }
     }
@@ -129,7 +131,7 @@ static void linear_int8(const LinearArgs& args) {
     const Weight& weight = *args.weight;
     const int64_t k = weight.k_padded, groups = k / weight.group;
     for (int64_t first = 0; first < args.rows; first += ROWS_PER_PASS) {
-        LinearJob job(args, first, min(ROWS_PER_PASS, args.rows - first), MAX_INT_ROWS);
+        LinearJob job(args, first, min(ROWS_PER_PASS, args.rows - first), MAX_INT_ROWS, ROWS_PER_TASK);
         const int64_t rows = job.blocks.rows;
         char* memory = static_cast<char*>(scratch(SCRATCH_INPUT, rows * k * 2 + rows * groups * 4));
         RoundedRows x{reinterpret_cast<int16_t*>(memory), reinterpret_cast<float*>(memory + rows * k * 2)};

@@ -17,7 +17,7 @@ namespace TRINE_ISA {
 constexpr int MAX_ROWS = 6;
 constexpr int PANEL_VECTORS = PANEL / W;
 constexpr int64_t K_BLOCK = W == 8 ? 448 : 256;  // a slice of panels as floats: 28 or 32 KiB of first-level cache
-constexpr int64_t ROWS_PER_TASK = 144;   // whose x, K_BLOCK deep, takes a part of the second-level cache
+constexpr int64_t ROWS_PER_TASK = 144;           // whose x, K_BLOCK deep, takes a part of the second-level cache
 constexpr int64_t ROWS_PER_PASS = 576;           // packed at a time
 constexpr int64_t WIDEN_ROWS = 18;               // from here on widening a slice once pays
 constexpr int64_t MAX_PANELS_PER_TASK = 8;
@@ -27,11 +27,13 @@ struct Float32Panels {
     static constexpr int step = 1;
     static constexpr int64_t bytes = PANEL * 4;
     INLINE vf value(const char* p, int, int v) { return load(reinterpret_cast<const float*>(p) + v * W); }
+    INLINE vf multiply_add(vf x, vf w, vf sum) { return fma(x, w, sum); }
 };
 struct Float16Panels {
     static constexpr int step = 1;
     static constexpr int64_t bytes = PANEL * 2;
     INLINE vf value(const char* p, int, int v) { return load(reinterpret_cast<const f16*>(p) + v * W); }
+    INLINE vf multiply_add(vf x, vf w, vf sum) { return fma(x, w, sum); }
 };
 struct BFloat16Panels {
     static constexpr int step = 2;
@@ -41,7 +43,17 @@ struct BFloat16Panels {
         const vi pairs = loadi(p + v * W * 4);
         return s == 0 ? even_bf16(pairs) : odd_bf16(pairs);
     }
+    INLINE vf multiply_add(vf x, vf w, vf sum) { return fma(x, w, sum); }
 };
+#if defined(__AVX512BF16__)
+// Pairs of bf16 multiplied as they are, x's too: "k" counts pairs, and a pair travels as the bits of one float.
+struct BFloat16Pairs {
+    static constexpr int step = 1;
+    static constexpr int64_t bytes = PANEL * 4;
+    INLINE vf value(const char* p, int, int v) { return as_float(loadi(p + v * W * 4)); }
+    INLINE vf multiply_add(vf x, vf w, vf sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
+};
+#endif
 
 // How many panels the micro-kernel takes at once: enough chains of sums to hide the latency of a multiply-add.
 constexpr int panels_at_once(int rows) { return (rows <= 3 ? 2 : 1) * (2 / PANEL_VECTORS); }
@@ -89,7 +101,7 @@ INLINE void micro(const X& x, const char* const* b, int64_t k, float* c, int64_t
                 for (int v = 0; v < V; ++v) {
                     const vf w = B::value(b[v / PANEL_VECTORS] + offset, s, v % PANEL_VECTORS);
                     UNROLL
-                    for (int r = 0; r < R; ++r) sum[r][v] = fma(value[r], w, sum[r][v]);
+                    for (int r = 0; r < R; ++r) sum[r][v] = B::multiply_add(value[r], w, sum[r][v]);
                 }
             } else {
                 vf w[V];
@@ -99,7 +111,7 @@ INLINE void micro(const X& x, const char* const* b, int64_t k, float* c, int64_t
                 for (int r = 0; r < R; ++r) {
                     const vf value = set1(X::template at<R>(x, r, i + s));
                     UNROLL
-                    for (int v = 0; v < V; ++v) sum[r][v] = fma(value, w[v], sum[r][v]);
+                    for (int v = 0; v < V; ++v) sum[r][v] = B::multiply_add(value, w[v], sum[r][v]);
                 }
             }
         }
@@ -157,11 +169,11 @@ struct LinearJob {
     int64_t blocks_per_task, row_tasks;
     int64_t out_panels, panels_per_task, panel_tasks;
 
-    LinearJob(const LinearArgs& args, int64_t first_row, int64_t rows, int64_t largest_block)
+    LinearJob(const LinearArgs& args, int64_t first_row, int64_t rows, int64_t largest_block, int64_t rows_per_task)
         : args(&args), first_row(first_row), blocks(rows, largest_block), x(nullptr) {
         out_panels = args.silu_mul ? args.weight->panels / 2 : args.weight->panels;
-        row_tasks = ceil_div(rows, ROWS_PER_TASK);
-        blocks_per_task = ceil_div(blocks.count, row_tasks);
+        blocks_per_task = ceil_div(blocks.count, ceil_div(rows, rows_per_task));
+        row_tasks = ceil_div(blocks.count, blocks_per_task);
         // Some six tasks a thread, so that a thread that falls behind is helped, but long runs of memory.
         const int64_t wanted = out_panels * row_tasks / (num_threads() * 6);
         panels_per_task = max<int64_t>(2, min(MAX_PANELS_PER_TASK, wanted)) / 2 * 2;
@@ -243,7 +255,7 @@ INLINE void over_blocks(const LinearJob& job, const Prepare& prepare) {
 template <class B>
 static void narrow_task(const LinearJob& job, int64_t index) {
     const LinearTask task(job, index);
-    const int64_t k = job.args->weight->k_padded;
+    const int64_t k = job.args->weight->panel_bytes / B::bytes * B::step;
     const int64_t ldc = task.weight_panels * PANEL;
     float* c = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, task.rows * ldc * sizeof(float)));
     const float* x = static_cast<const float*>(job.x);
@@ -331,7 +343,7 @@ template <class B>
 static void linear_of(const LinearArgs& args) {
     const int64_t k = args.weight->k_padded;
     for (int64_t row = 0; row < args.rows; row += ROWS_PER_PASS) {
-        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row), MAX_ROWS);
+        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row), MAX_ROWS, ROWS_PER_TASK);
         float* x = static_cast<float*>(scratch(SCRATCH_INPUT, job.blocks.rows * k * sizeof(float)));
         pack_rows(job, x);
         job.x = x;
@@ -340,13 +352,63 @@ static void linear_of(const LinearArgs& args) {
     }
 }
 
+struct Bf16Rows {
+    const bf16* data;
+    int64_t stride;
+};
+
+// Rows of x as bf16, `stride` apart and k_padded long: x itself if it is that already. Rows a multiple of 4 KiB apart
+// would fall into one set of the cache, so they are copied as well, as are those an odd number of elements apart.
+static Bf16Rows bf16_rows(const LinearArgs& args) {
+    const int64_t k = args.weight->k, k_padded = args.weight->k_padded;
+    const bf16* own = static_cast<const bf16*>(args.x);
+    const bool apart = args.rows == 1 || (args.x_stride % 2048 && args.x_stride % 2 == 0);
+    if (args.x_dtype == BF16 && k == k_padded && apart) return {own, args.x_stride};
+    const int64_t stride = k_padded + 32;
+    bf16* to = static_cast<bf16*>(scratch(SCRATCH_INPUT, args.rows * stride * sizeof(bf16)));
+    with_type(args.x_dtype, [&](auto type) {
+        const auto one = [&](int64_t r) {
+            const auto* x = static_cast<const decltype(type)*>(args.x) + r * args.x_stride;
+            for (int64_t i = 0; i < k_padded; i += W)
+                store(to + r * stride + i, i < k ? load_upto(x + i, k - i) : zero());
+        };
+        if (args.rows * k > 128 * 1024)
+            parallel(args.rows, one);
+        else
+            for (int64_t r = 0; r < args.rows; ++r) one(r);
+    });
+    return {to, stride};
+}
+
+#if defined(__AVX512BF16__)
+static void linear_pairs(const LinearArgs& args) {
+    const Bf16Rows rows = bf16_rows(args);
+    const int64_t k = args.weight->k_padded / 2;
+    for (int64_t first = 0; first < args.rows; first += ROWS_PER_PASS) {
+        LinearJob job(args, first, min(ROWS_PER_PASS, args.rows - first), MAX_ROWS, ROWS_PER_TASK);
+        float* x = static_cast<float*>(scratch(SCRATCH_PARTIAL, job.blocks.rows * k * sizeof(float)));
+        over_blocks(job, [&](int64_t i) {
+            const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
+            const float* from = reinterpret_cast<const float*>(rows.data + (first + row) * rows.stride);
+            pack_block(from, rows.stride / 2, size, k, k, x + row * k);
+        });
+        job.x = x;
+        run_tasks(job, [&](int64_t i) { narrow_task<BFloat16Pairs>(job, i); });
+    }
+}
+#endif
+
 static void linear_float(const LinearArgs& args) {
     if (args.weight->dtype == F32)
         linear_of<Float32Panels>(args);
     else if (args.weight->dtype == F16)
         linear_of<Float16Panels>(args);
     else
+#if defined(__AVX512BF16__)
+        linear_pairs(args);
+#else
         linear_of<BFloat16Panels>(args);
+#endif
 }
 
 }  // namespace TRINE_ISA

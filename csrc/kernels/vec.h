@@ -11,8 +11,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_2 _Pragma("unroll 2")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_2 _Pragma("GCC unroll 2")
 #endif
 
 namespace trine {
@@ -97,6 +99,7 @@ INLINE void add_neighbours(const vi* sums, vi* out) {
     out[0] = _mm512_add_epi32(_mm512_permutex2var_epi32(sums[0], even, sums[1]),
                               _mm512_permutex2var_epi32(sums[0], odd, sums[1]));
 }
+INLINE vi shift_add(vi high, vi low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }  // high * 256 + low
 INLINE vi to_int(vf x) { return _mm512_cvtps_epi32(x); }
 INLINE void store_int16(int16_t* p, vi x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(x)); }
 
@@ -175,6 +178,7 @@ INLINE void add_neighbours(const vi* sums, vi* out) {
     out[0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[0], sums[1]), 0xd8);
     out[1] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[2], sums[3]), 0xd8);
 }
+INLINE vi shift_add(vi high, vi low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low); }  // high * 256 + low
 INLINE vi to_int(vf x) { return _mm256_cvtps_epi32(x); }
 INLINE void store_int16(int16_t* p, vi x) {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0xd8);
