@@ -44,14 +44,19 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
     if options.load_format == "auto":
         check_weights_fit(directory, device)
     dtype = config.dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    max_model_len = _context(options, config)
     model, config = load_model(
-        directory, dtype=dtype, device=device, quantization=options.quantization, load_format=options.load_format
+        directory,
+        dtype=dtype,
+        device=device,
+        quantization=options.quantization,
+        load_format=options.load_format,
+        max_model_len=max_model_len,
     )
     loaded = time.perf_counter()
     max_num_seqs = options.max_num_seqs or (256 if device.type == "cuda" else 128)
     max_tokens = options.max_num_batched_tokens or (8192 if device.type == "cuda" else 512)
     max_tokens = max(max_tokens, max_num_seqs)
-    max_model_len = _context(options, config)
     plan = plan_cache(
         model.cache_specs(),
         device=device,
