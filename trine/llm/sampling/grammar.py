@@ -146,8 +146,8 @@ class GrammarState:
     def _mind_budget(self, text: JsonText, remaining: int) -> None:
         """Look for the end when that may have become urgent, and take it if it has.
 
-        The longer the budget, the rarer the look: a token brings the end further away by about one, so the next look
-        is due when a quarter of what is to spare is gone.
+        The more there is to spare, the rarer the look: tokens bring the end further away by about one each, so the next
+        look is due when a quarter is gone. A margin is kept for the token that opens an object with much to fill in.
         """
         if self._next_check is None:
             self._next_check = max(remaining // 2, 2 * (self._shortest or 0) + 16)
@@ -158,9 +158,10 @@ class GrammarState:
             self._next_check = remaining * 3 // 4
             return
         spare = remaining - len(end)
-        if spare <= 8 + len(end) // 8:
+        margin = 8 + min(self._shortest, 24)
+        if spare <= margin:
             self._end = end[::-1]
-        self._next_check = remaining - max(1, spare // 4 if spare > 32 else 1)
+        self._next_check = remaining - (spare // 4 if spare > 2 * margin else 1)
 
 
 class _Vocabulary:

@@ -91,6 +91,8 @@ class _Walker:
             result[key] = self._check_value(key, value, f"{path}/{key}", depth + 1)
         if isinstance(result.get("oneOf"), list) and self._told_apart(node["oneOf"]):
             result["anyOf" if "anyOf" not in result else "oneOf"] = result.pop("oneOf")
+        if "multipleOf" in result:
+            _bound_multiples(result)
         self._note_merges(result)
         _check_property_count(result, path)
         return result
@@ -139,6 +141,14 @@ class _Walker:
                 target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
             node = target
         return node
+
+
+def _bound_multiples(node: Schema) -> None:
+    """Bounds, where there are none, that keep multiples to the digits of a double: not every number can end as one."""
+    if "minimum" not in node and "exclusiveMinimum" not in node:
+        node["minimum"] = -(10**15)
+    if "maximum" not in node and "exclusiveMaximum" not in node:
+        node["maximum"] = 10**15
 
 
 def _check_property_count(node: Schema, path: str) -> None:
