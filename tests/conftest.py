@@ -4,5 +4,5 @@ import os
 
 import torch
 
-if not torch.cuda.is_available():  # Triton's interpreter runs the GPU kernels; it must be chosen before the first import
+if not torch.cuda.is_available():  # the GPU kernels run in Triton's interpreter, chosen before its first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
