@@ -80,6 +80,15 @@ def cpu_kernels() -> str:
     return "reference kernels" if native is None else f"native kernels ({native.isa()})"
 
 
+def attention_refusals(
+    device_type: str, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> list[str]:
+    """Why `paged_attention` can't serve layers of this shape on such a device; empty when it can."""
+    if device_type != "cuda" or _reference_only:
+        return []
+    return cast(list[str], import_module("trine.kernels.triton").supports(num_heads, num_kv_heads, head_dim, dtype))
+
+
 def pack_weight(weight: torch.Tensor) -> Weight:
     """`weight` [N, K] in the layout that `linear` runs fastest on; the tensor itself where that is none other.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trine.core.errors import ConfigurationError
+from trine.core.errors import ConfigurationError, ModelLoadError
 from trine.core.sizes import format_bytes
 from trine.kernels import ops
 from trine.llm.cache.blocks import BlockPool
@@ -45,6 +45,11 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         check_weights_fit(directory, device)
     dtype = config.dtype if options.dtype == "auto" else DTYPES[options.dtype]
     max_model_len = _context(options, config)
+    refusals = ops.attention_refusals(device.type, config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+    if refusals:
+        raise ModelLoadError(
+            f"this model's attention can't run on {device.type}: {'; '.join(refusals)}; use --device cpu"
+        )
     model, config = load_model(
         directory,
         dtype=dtype,

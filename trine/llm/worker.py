@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ class InlineExecutor:
         return self._worker.sample(step, bitmask)
 
     def close(self) -> None:
-        pass
+        release(self)
 
 
 class ThreadExecutor:
@@ -272,3 +273,15 @@ class ThreadExecutor:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+        release(self)
+
+
+def release(executor: InlineExecutor | ThreadExecutor) -> None:
+    """Let go of the worker, and give a GPU's memory back so that another engine can be loaded in this process."""
+    if not hasattr(executor, "_worker"):
+        return  # closed before
+    on_gpu = executor._worker.device.type == "cuda"
+    del executor._worker
+    gc.collect()  # modules and graphs refer to each other in circles
+    if on_gpu:
+        torch.cuda.empty_cache()
