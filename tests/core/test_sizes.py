@@ -28,7 +28,7 @@ def test_parse_size(text: str | int, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1 XB", "1e9", "one", "4 G iB", "1..5G"])
 def test_parse_size_refuses_by_name(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="cache_memory=.*GiB"):
+    with pytest.raises(ConfigurationError, match=r"cache_memory=.*GiB"):
         parse_size(text, name="cache_memory")
 
 
