@@ -224,6 +224,4 @@ class Request:
 
 
 def _too_large(limit: int) -> PayloadTooLargeError:
-    return PayloadTooLargeError(
-        f"the body is larger than {limit} bytes: send less, or start with a larger --max-body-size"
-    )
+    return PayloadTooLargeError(f"the body is larger than {limit} bytes, the most that this service takes: send less")

@@ -215,6 +215,8 @@ class ChoiceStream:
         """The events of one delta."""
         if self._plain and self._begun and delta.finish_reason is None:
             return self._chunks.content(self._index, delta.text) if delta.text else b""
+        if delta.finish_reason not in (None, "stop", "length") and not delta.text:
+            return b""  # an error follows, which has a status of its own while nothing was sent
         out: list[bytes] = []
         if not self._begun:
             self._begun = True

@@ -210,6 +210,8 @@ class ChoiceStream:
         """The events of one delta."""
         if self._plain and delta.finish_reason is None:
             return self._chunks.content(self._index, delta.text) if delta.text else b""
+        if delta.finish_reason not in (None, "stop", "length") and not delta.text:
+            return b""  # an error follows, which has a status of its own while nothing was sent
         out: list[bytes] = []
         if self._echo:
             self._echo = False

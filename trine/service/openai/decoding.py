@@ -59,7 +59,7 @@ class RequestDecoder(Generic[StructT]):
         location = _LOCATION.search(problem)
         path = location["path"] if location else ""
         problem = problem[: location.start()] if location else problem
-        where = path.lstrip(".")
+        where = path.lstrip(".").replace("[...]", "")  # some value of an object: msgspec does not say which
         if match := _UNKNOWN_FIELD.match(problem):
             name = match["name"]
             hint = did_you_mean(name, self._fields(path, body))

@@ -24,8 +24,8 @@ _ENDED = {"stop": "stop", "length": "length"}
 class Generation:
     """The running sequences of one HTTP request: one engine request a prompt.
 
-    Whoever iterates over a stream has each wake-up counted by `account`. `close` cancels what has not finished; it is to
-    be called in any case.
+    Whoever iterates over a stream has each wake-up counted by `account`. `close` cancels what has not finished, and is
+    to be called in any case.
     """
 
     def __init__(self, service: Service, request: Request, num_sequences: int) -> None:
