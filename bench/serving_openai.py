@@ -3,7 +3,7 @@ service's CPU time a streamed token.
 
     python bench/serving_openai.py --model tiny --clients 32 --json result.json
 
-Three parts in one run, one after the other: the engine alone (`LLM.generate` on the same prompts, in a process of its own),
+Two parts, one after the other: the engine alone (`LLM.generate` on the same prompts, in a process of its own),
 then the service with its engine process, driven by a bare client in this process. CPU time is that of the service's
 process alone: neither the engine's nor the client's.
 """
