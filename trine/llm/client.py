@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -234,6 +235,8 @@ def _child_main(descriptor: int) -> None:
                 inbox.put(pickle.loads(connection.recv_bytes()))
         except (EOFError, OSError):
             inbox.put(("close",))  # the parent is gone
+            time.sleep(10)
+            os._exit(1)  # the main thread hangs: don't outlive the parent
 
     threading.Thread(target=read, name="trine-engine-reader", daemon=True).start()
 
