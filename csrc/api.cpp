@@ -110,8 +110,8 @@ EXPORT void trine_silu_mul(const void* gate_up, void* y, int64_t rows, int64_t s
 EXPORT void trine_gelu(const void* x, void* y, int64_t count, int approximate, int dtype) {
     kernels->gelu(x, y, count, approximate != 0, static_cast<DType>(dtype));
 }
-EXPORT void trine_argmax(const float* x, int64_t* out, int64_t rows, int64_t size, int64_t stride) {
-    kernels->argmax(x, out, rows, size, stride);
+EXPORT void trine_sample(const float* x, const void* params, int64_t* out, int64_t rows, int64_t size, int64_t stride) {
+    kernels->sample(x, static_cast<const SampleParams*>(params), out, rows, size, stride);
 }
 EXPORT float trine_probe_read(const void* memory, int64_t bytes) { return kernels->probe_read(memory, bytes); }
 // Returns the floating-point operations of one task of `steps` steps.

@@ -102,6 +102,13 @@ struct AttentionArgs {
     DType dtype, cache_dtype;
 };
 
+// How one row's token is chosen. Off: top_k 0, top_p 1, min_z (the logarithm of min_p) minus infinity.
+struct SampleParams {
+    double uniform;      // in [0, 1)
+    double temperature;  // 0: greedy
+    double top_k, top_p, min_z;
+};
+
 // One build of the kernels. Null entries don't exist: each build has them all.
 struct Kernels {
     const char* name;
@@ -112,7 +119,8 @@ struct Kernels {
     void (*prepare_qkv)(const PrepareArgs&);
     void (*attention)(const AttentionArgs&);
     void (*embedding)(const Weight&, const int64_t* ids, void* out, int64_t rows, DType out_dtype);
-    void (*argmax)(const float* x, int64_t* out, int64_t rows, int64_t size, int64_t stride);
+    void (*sample)(const float* x, const SampleParams* params, int64_t* out, int64_t rows, int64_t size,
+                   int64_t stride);
     float (*probe_read)(const void* memory, int64_t bytes);
     float (*probe_fma)(int64_t tasks, int64_t steps);
     int vector_width;

@@ -133,22 +133,5 @@ static void gelu(const void* x, void* y, int64_t count, bool approximate, DType 
     });
 }
 
-// The index of each row's largest element, the first of equals. NaN never wins, unless there is nothing else: then 0.
-static void argmax(const float* x, int64_t* out, int64_t rows, int64_t size, int64_t stride) {
-    over_rows(rows, size, [&](int64_t start, int64_t end) {
-        for (int64_t row = start; row < end; ++row) {
-            const float* p = x + row * stride;
-            vf best = set1(-__builtin_inff());
-            int64_t i = 0;
-            for (; i + W <= size; i += W) best = vmax(load(p + i), best);
-            float largest = hmax(best);
-            for (; i < size; ++i) largest = p[i] > largest ? p[i] : largest;
-            for (i = 0; i < size && p[i] != largest; ++i) {
-            }
-            out[row] = i < size ? i : 0;
-        }
-    });
-}
-
 }  // namespace TRINE_ISA
 }  // namespace trine

@@ -11,6 +11,7 @@
 #include "linear.h"
 #include "prepare_qkv.h"
 #include "probe.h"
+#include "sampling.h"
 
 namespace trine {
 namespace TRINE_ISA {
@@ -26,7 +27,7 @@ static void linear(const LinearArgs& args) {
 
 static constexpr Kernels table(const char* name) {
     return Kernels{name,      linear,    norm,   silu_mul,   gelu,      prepare_qkv,
-                   attention, embedding, argmax, probe_read, probe_fma, W};
+                   attention, embedding, sample, probe_read, probe_fma, W};
 }
 
 }  // namespace TRINE_ISA

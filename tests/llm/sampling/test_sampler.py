@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.llm.sampling import twin
+from trine.kernels import ops
 from trine.llm.sampling.params import GuidedParams, SamplingParams
 from trine.llm.sampling.random import uniforms
 from trine.llm.sampling.sampler import Sampler
@@ -67,10 +69,15 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@given(workloads())
+@given(workloads(), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_equals_the_slow_twin_over_several_steps(work: dict[str, Any]) -> None:
+def test_equals_the_slow_twin_over_several_steps(work: dict[str, Any], use_reference: bool) -> None:
     """Every option at once, mixed in a batch, rows out of order, from a fresh or a resumed sequence."""
+    with ops.reference_only() if use_reference else nullcontext():
+        check_against_twin(work)
+
+
+def check_against_twin(work: dict[str, Any]) -> None:
     rng = np.random.default_rng(work["seed"])
     vocab, params = work["vocab"], work["params"]
     rows = rng.permutation(8)[: len(params)].tolist()
@@ -99,9 +106,9 @@ def test_equals_the_slow_twin_over_several_steps(work: dict[str, Any]) -> None:
             edited = twin.edit(logits[line], p, work["prompts"][line], output, EOS, work["words"][line], mask)
             seed = np.array([line * 7 - 3], dtype=np.int64).astype(np.uint64)
             uniform = float(uniforms(seed, np.array([steps[line]], dtype=np.uint64))[0])
-            expected = -1 if max(edited) == -math.inf else twin.choose(edited, p, uniform)
-            assert sampled[line] == expected, (line, p)
-            output.append(max(expected, 0))
+            expected = {-1} if max(edited) == -math.inf else twin.choices(edited, p, uniform)
+            assert sampled[line] in expected, (line, p)
+            output.append(max(sampled[line], 0))
 
 
 MIXED = (
@@ -138,12 +145,12 @@ def run(
     return tokens, scores
 
 
-@pytest.mark.parametrize("vocab", [4096, 50257, 151936])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_the_others_bit_for_bit(vocab: int, threads: int) -> None:
+@pytest.mark.parametrize("vocab", [4096, 50257])
+@pytest.mark.parametrize("use_reference", [False, True])
+def test_a_row_does_not_depend_on_the_others_bit_for_bit(vocab: int, use_reference: bool) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    torch.set_num_threads(2)  # long sums are split among threads, if they are alone
+    with ops.reference_only() if use_reference else nullcontext():
         lines = list(range(len(MIXED)))
         together, scores = run(lines, [3, 1, 0, 7, 9, 2, 5, 15], 3, vocab)
         assert run(lines, [15, 8, 9, 1, 2, 4, 6, 0], 3, vocab, order=-1)[0] == together
@@ -152,8 +159,7 @@ def test_a_row_does_not_depend_on_the_others_bit_for_bit(vocab: int, threads: in
             assert alone == [together[line]]
             for step, score in enumerate(alone_scores):
                 assert torch.equal(score[0], scores[step][line])
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(before)
 
 
 def test_resuming_a_sequence_continues_it() -> None:

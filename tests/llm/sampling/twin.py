@@ -48,6 +48,17 @@ def edit(
     return [float(value) for value in result]
 
 
+def choices(logits: Sequence[float], params: SamplingParams, uniform: float) -> set[int]:
+    """The token of `choose`, and those that the last bits of exponentials, which differ by library, can make of it."""
+    rounding = (0.0, -2e-6, 2e-6)
+    tokens = set()
+    for shift in rounding:
+        for change in rounding if params.top_p < 1.0 else (0.0,):
+            varied = params.replace(top_p=min(1.0, params.top_p + change))
+            tokens.add(choose(logits, varied, min(max(uniform + shift, 0.0), 1.0 - 2**-53)))
+    return tokens
+
+
 def choose(logits: Sequence[float], params: SamplingParams, uniform: float) -> int:
     """The token drawn with the uniform number; the first of the largest when greedy."""
     if params.greedy or params.top_k == 1:

@@ -18,7 +18,6 @@ from trine.kernels.types import PagedBatch
 __all__ = [
     "PackedWeight",
     "add_rms_norm",
-    "argmax",
     "available",
     "embedding",
     "gelu",
@@ -32,6 +31,7 @@ __all__ = [
     "paged_attention",
     "prepare_qkv",
     "rms_norm",
+    "sample",
     "set_isa",
     "set_num_threads",
     "silu_mul",
@@ -47,7 +47,7 @@ if _library is not None:
     _norm = _library.trine_norm
     _silu_mul = _library.trine_silu_mul
     _gelu = _library.trine_gelu
-    _argmax = _library.trine_argmax
+    _sample = _library.trine_sample
     _prepare_qkv = _library.trine_prepare_qkv
     _attention = _library.trine_attention
 
@@ -274,11 +274,16 @@ def paged_attention(
     return out
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The index of the largest element of each row of logits [B, V] float32, the first of equals: [B] int64."""
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+def sample(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """The token of each row of logits [B, V] float32, -1 where one is NaN or none is finite: [B] int64.
+
+    params [B, 5] float64: a uniform number in [0, 1), the temperature (0 is greedy: the first of the largest), top_k
+    (0 is off), top_p (1 is off), the logarithm of min_p (minus infinity is off). trine.llm.sampling.distribution says
+    what they mean, and draws the same tokens but for the last bits of its exponentials.
+    """
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    params = params.contiguous()
     rows, size = logits.shape
     out = torch.empty(rows, dtype=torch.int64)
-    _argmax(logits.data_ptr(), out.data_ptr(), rows, size, logits.stride(0))
+    _sample(logits.data_ptr(), params.data_ptr(), out.data_ptr(), rows, size, logits.stride(0))
     return out

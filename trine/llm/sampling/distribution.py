@@ -6,6 +6,9 @@ chosen token does not depend on the batch, on the number of threads or on the de
 there is no drift of a float32 cumulative sum over a vocabulary of 150,000. Tokens less probable than 3e-11 of
 the most probable one have weight 0.
 
+This is what runs on GPUs, and the reference of the CPU library's `sample` (trine.kernels.cpu), which finds the same
+tokens without sorting the vocabulary.
+
 Every filter keeps the tokens with z at or above a threshold: top_k, top_p and min_p each keep an upper set of
 the distribution, and so does their combination. Tokens tied with the last one kept are kept.
 """
@@ -16,6 +19,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from trine.kernels import ops, reference
 
 WEIGHT_BITS = 34
 MAX_VOCABULARY = 1 << (53 - WEIGHT_BITS)
@@ -37,21 +42,22 @@ def block_max(logits: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, the first token that has it, and the largest logits of blocks.
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit and the first token that has it. logits [B, V] float32 -> ([B] float32, [B] int64).
 
-    logits [B, V] float32 -> ([B] float32, [B] int64, [B, ceil(V / 128)] float32).
-
-    Ten times as fast on a CPU as torch.argmax, whose inner loop isn't vectorised: the maxima of blocks are, and only
-    one block a row is searched. A row with a NaN gives NaN.
+    A row with a NaN has no finite largest logit. On a CPU ten times as fast as torch.argmax, whose inner loop isn't
+    vectorised: the maxima of blocks are, and only one block a row is searched.
     """
-    maxima = block_max(logits)
-    blocks = maxima.argmax(-1, keepdim=True)
+    if logits.is_cuda and ops.backend(True, torch.float32) is not reference:
+        from trine.kernels.triton.sampling import argmax as argmax_on_gpu
+
+        return argmax_on_gpu(logits)
+    blocks = block_max(logits).argmax(-1, keepdim=True)
     ids = blocks * BLOCK + torch.arange(BLOCK, device=logits.device)
     ids = ids.clamp_(max=logits.shape[1] - 1)
     inner = logits.gather(1, ids)
     best = inner.argmax(-1, keepdim=True)
-    return inner.gather(1, best).squeeze(1), ids.gather(1, best).squeeze(1), maxima
+    return inner.gather(1, best).squeeze(1), ids.gather(1, best).squeeze(1)
 
 
 def scaled_logits(logits: Tensor, largest: Tensor, temperature: Tensor | None) -> Tensor:
@@ -72,16 +78,15 @@ def weights(z: Tensor) -> Tensor:
     return torch.exp(z).mul_(_SCALE).round_()
 
 
-def thresholds(z: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+def thresholds(z: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_z: Tensor | None) -> Tensor:
     """Smallest scaled logit that passes the filters: [B, 1] float32.
 
-    z [B, Vp] float32; top_k [B] int64 (0 is off), top_p [B] float64 (1 is off), min_p [B] float64 (0 is off), each
-    None when no row uses it. top_p is a share of the mass that top_k leaves, min_p a share of the most probable
-    token's.
+    z [B, Vp] float32; top_k [B] int64 (0 is off), top_p [B] float64 (1 is off), min_z [B] float64, the logarithm of
+    min_p (minus infinity is off), each None when no row uses it. top_p is a share of the mass that top_k leaves.
     """
     result = torch.full((z.shape[0], 1), -math.inf, dtype=torch.float32, device=z.device)
-    if min_p is not None:
-        result = torch.maximum(result, min_p.log().to(torch.float32)[:, None])
+    if min_z is not None:
+        result = torch.maximum(result, min_z.to(torch.float32)[:, None])
     if top_k is None and top_p is None:
         return result
     ordered = z.sort(dim=-1, descending=True).values

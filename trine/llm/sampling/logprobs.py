@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trine.llm.sampling.distribution import BLOCK, CHUNK_ELEMENTS, argmax, scaled_logits
+from trine.llm.sampling.distribution import BLOCK, CHUNK_ELEMENTS, argmax, block_max, scaled_logits
 
 
 @dataclass(slots=True)
@@ -59,14 +59,14 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, k: int) -> SampledLogprobs:
 
 
 def _logprobs(logits: Tensor, targets: Tensor, k: int) -> SampledLogprobs:
-    largest, _, maxima = argmax(logits)
+    largest, _ = argmax(logits)
     weights = scaled_logits(logits, largest, None).exp_()
     # Blocks first: torch splits one long sum over threads when it is the only one, and that changes the last bits.
     total = weights.view(len(weights), -1, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
     normalizer = (total.log() + largest.to(torch.float64)).to(torch.float32)[:, None]
     target_logits = logits.gather(1, targets.clamp(min=0)[:, None])
     ranks = (logits > target_logits).sum(-1) + 1
-    ids = _top_ids(logits, maxima, k)
+    ids = _top_ids(logits, block_max(logits), k)
     return SampledLogprobs((target_logits - normalizer).squeeze(1), ranks, ids, logits.gather(1, ids) - normalizer)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trine.llm.sampling import candidates, distribution
+from trine.kernels import ops, reference
+from trine.llm.sampling import distribution
 from trine.llm.sampling.edits import LogitEdits
 from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
 from trine.llm.sampling.params import SamplingParams
@@ -50,7 +52,7 @@ class Sampler:
         self.device = torch.device(device)
         self._uses = np.zeros(max_rows, dtype=np.uint8)
         self._seeds = np.zeros(max_rows, dtype=np.uint64)
-        # Columns: temperature, top_k, top_p, min_p. Float64 holds a top_k exactly: one copy a step carries all.
+        # Columns: temperature (0 is greedy), top_k, top_p, log(min_p). Float64 holds a top_k exactly.
         self._filters = np.zeros((max_rows, 4), dtype=np.float64)
         self._logprob_counts = np.zeros(max_rows, dtype=np.int64)
         self._edits = LogitEdits(max_rows, vocab_size, self.device)
@@ -82,7 +84,8 @@ class Sampler:
             uses |= _EDITS
         self._uses[row] = uses
         self._seeds[row] = as_uint64(seed)
-        self._filters[row] = (params.temperature, top_k, params.top_p, params.min_p)
+        min_z = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+        self._filters[row] = (params.temperature if uses & _RANDOM else 0.0, top_k, params.top_p, min_z)
         self._logprob_counts[row] = params.logprobs or 0
 
     def clear_row(self, row: int) -> None:
@@ -107,10 +110,7 @@ class Sampler:
         if anyone & (_EDITS | _GUIDED):
             guided = uses & _GUIDED != 0 if bitmask is not None else None
             self._edits.apply(logits, index, np.asarray(steps), bitmask, guided)
-        largest, tokens, maxima = distribution.argmax(logits)
-        if anyone & _RANDOM:
-            self._draw(logits, index, uses, np.asarray(steps), maxima, largest, tokens)
-        tokens = torch.where(torch.isfinite(largest), tokens, -1)
+        tokens = self._choose(logits, index, uses, np.asarray(steps))
         if anyone & _EDITS:
             self._edits.record(index, tokens)
         return SamplerOutput(tokens, self._logprobs(raw, uses, index, tokens) if raw is not None else None)
@@ -136,42 +136,32 @@ class Sampler:
         result.put(wanted, part)
         return result
 
-    def _draw(
+    def _choose(
         self,
         logits: Tensor,
         index: npt.NDArray[np.int64],
         uses: npt.NDArray[np.uint8],
         steps: npt.NDArray[np.int64],
-        maxima: Tensor,
-        largest: Tensor,
-        tokens: Tensor,
-    ) -> None:
-        """Replace the greedy tokens of the rows that sample. Rows with and without filters are drawn apart."""
-        table = np.column_stack((uniforms(self._seeds[index], steps.astype(np.uint64)), self._filters[index]))
-        filtered = uses & _FILTERS != 0
-        plain = (uses & _RANDOM != 0) & ~filtered
-        for part in self._chunks(np.flatnonzero(plain), distribution.CHUNK_ELEMENTS):
-            lines = self._upload(part)
-            at, end = int(part[0]), int(part[-1]) + 1
-            chosen = logits[at:end] if end - at == len(part) else logits[lines]
-            drawn = _draw_on_device(chosen, largest[lines], self._upload(table[part]), _RANDOM)
-            tokens.index_copy_(0, lines, drawn)
-        for part in self._chunks(np.flatnonzero(filtered), 8 * distribution.CHUNK_ELEMENTS):
+    ) -> Tensor:
+        """The tokens of the edited logits, [B] int64: -1 where the row's largest logit is not finite."""
+        table = np.zeros((len(index), 5))
+        table[:, 1:] = self._filters[index]
+        random = uses & _RANDOM != 0
+        if random.any():
+            table[:, 0] = uniforms(self._seeds[index], steps.astype(np.uint64))
+        if self.device.type == "cpu" and ops.backend(False, torch.float32) is not reference:
+            from trine.kernels import cpu
+
+            return cpu.sample(logits, torch.from_numpy(table))
+        largest, tokens = distribution.argmax(logits)
+        for part in np.flatnonzero(random & (uses & _FILTERS == 0)), np.flatnonzero(uses & _FILTERS):
+            if len(part) == 0:
+                continue
             lines = self._upload(part)
             chosen = logits if len(part) == len(index) else logits[lines]
-            if self.device.type == "cpu":
-                filters = candidates.Filters.from_table(table[part])
-                drawn = candidates.draw(chosen, maxima[lines], largest[lines], filters)
-            else:
-                needs = int(np.bitwise_or.reduce(uses[part]))
-                drawn = _draw_on_device(chosen, largest[lines], self._upload(table[part]), needs)
-            tokens.index_copy_(0, lines, drawn)
-
-    def _chunks(self, lines: npt.NDArray[np.int64], elements: int) -> Iterator[npt.NDArray[np.int64]]:
-        """Parts of `lines` whose logits stay in a core's cache through several passes; one part on a GPU."""
-        step = max(1, elements // self.vocab_size) if self.device.type == "cpu" else len(lines)
-        for start in range(0, len(lines), step):
-            yield lines[start : start + step]
+            needs = int(np.bitwise_or.reduce(uses[part]))
+            tokens.index_copy_(0, lines, _draw(chosen, largest[lines], self._upload(table[part]), needs))
+        return torch.where(torch.isfinite(largest), tokens, -1)
 
     def _upload(self, array: npt.NDArray[np.generic]) -> Tensor:
         """A host array on the device. Pinned, so that the copy waits for nothing."""
@@ -181,9 +171,9 @@ class Sampler:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-def _draw_on_device(logits: Tensor, largest: Tensor, table: Tensor, needs: int) -> Tensor:
-    """Draw one token a row, [B] int64. table [B, 5] float64: uniform number, temperature, top_k, top_p, min_p."""
-    uniform, temperature, top_k, top_p, min_p = table.unbind(1)
+def _draw(logits: Tensor, largest: Tensor, table: Tensor, needs: int) -> Tensor:
+    """Draw one token a row, [B] int64. table [B, 5] float64: uniform number, temperature, top_k, top_p, log(min_p)."""
+    uniform, temperature, top_k, top_p, min_z = table.unbind(1)
     z = distribution.scaled_logits(logits, largest, temperature.to(torch.float32))
     mass = distribution.weights(z)
     if needs & _FILTERS:
@@ -191,7 +181,7 @@ def _draw_on_device(logits: Tensor, largest: Tensor, table: Tensor, needs: int) 
             z,
             top_k.to(torch.int64) if needs & _TOP_K else None,
             top_p if needs & _TOP_P else None,
-            min_p if needs & _MIN_P else None,
+            min_z if needs & _MIN_P else None,
         )
         mass.masked_fill_(z < limit, 0.0)
     return distribution.draw(mass, uniform)
