@@ -19,10 +19,10 @@ namespace TRINE_ISA {
 
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t TILE_ROWS = 16;
-constexpr int64_t K_DEPTH = 512;            // 2 panels x 512 bf16: 32 of 48 KiB of first-level cache
-constexpr int64_t AMX_ROWS_PER_TASK = 256;  // whose x, K_DEPTH deep, and sums take half a second-level cache
-constexpr int64_t AMX_INT8_ROWS = 3;        // from here on tiles beat vectors for int8 weights
-constexpr int64_t PREFETCH_BYTES = 8 * TILE_BYTES;
+constexpr int64_t K_DEPTH = 1024;     // of a slice of two panels that blocks of rows pass over
+constexpr int64_t X_BYTES = 5 << 18;  // of a task's rows: they stay in a 2 MiB second-level cache from task to task
+constexpr int64_t AMX_INT8_ROWS = 3;  // from here on tiles beat vectors for int8 weights
+constexpr int64_t PREFETCH_BYTES = TILE_BYTES;
 
 INLINE void prefetch_tile(const char* p) {
     UNROLL
@@ -52,17 +52,25 @@ INLINE void begin_sum(const float* c, int64_t ldc, bool accumulate) {
         tile_zero<T>();
 }
 
+// What to bring into the second-level cache meanwhile: `rate` bytes of each of two panels for every 32 of k.
+struct Ahead {
+    const char* start[2];
+    int64_t rate;
+};
+
 // c[16 + m][32] (+)= x[16 + m][k] b[2][k][16].
-template <bool STREAM>
 static void amx_tall(const bf16* x, int64_t stride, const char* const* b, int64_t k, float* c, int64_t ldc,
-                     bool accumulate) {
+                     bool accumulate, const Ahead& ahead) {
     float* below = c + TILE_ROWS * ldc;
     begin_sum<0>(c, ldc, accumulate);
     begin_sum<1>(c + PANEL, ldc, accumulate);
     begin_sum<2>(below, ldc, accumulate);
     begin_sum<3>(below + PANEL, ldc, accumulate);
     for (int64_t i = 0; i < k; i += 32) {
-        if (STREAM) prefetch_tile(b[0] + i * 32), prefetch_tile(b[1] + i * 32);
+        for (int64_t j = i / 32 * ahead.rate; j < (i / 32 + 1) * ahead.rate; j += 64) {
+            __builtin_prefetch(ahead.start[0] + j, 0, 2);
+            __builtin_prefetch(ahead.start[1] + j, 0, 2);
+        }
         tile_load<6>(b[0] + i * 32, 64);
         tile_load<4>(x + i, stride * sizeof(bf16));
         tile_dot_bf16<0, 4, 6>();
@@ -79,7 +87,7 @@ static void amx_tall(const bf16* x, int64_t stride, const char* const* b, int64_
 }
 
 // c[m][16 P] (+)= x[m][k] b[P][k][16] for m <= 16 rows and P = 4, 2 or 1 panels.
-template <bool STREAM, int P>
+template <int P>
 static void amx_flat(const bf16* x, int64_t stride, const char* const* b, int64_t k, float* c, int64_t ldc,
                      bool accumulate) {
     begin_sum<0>(c, ldc, accumulate);
@@ -88,8 +96,7 @@ static void amx_flat(const bf16* x, int64_t stride, const char* const* b, int64_
     if (P > 2) begin_sum<3>(c + 3 * PANEL, ldc, accumulate);
     for (int64_t i = 0; i < k; i += 32) {
         tile_load<4>(x + i, stride * sizeof(bf16));
-        if (STREAM)
-            for (int p = 0; p < P; ++p) prefetch_tile(b[p] + i * 32);
+        for (int p = 0; p < P; ++p) prefetch_tile(b[p] + i * 32);
         tile_load<6>(b[0] + i * 32, 64);
         tile_dot_bf16<0, 4, 6>();
         if (P > 1) {
@@ -109,48 +116,59 @@ static void amx_flat(const bf16* x, int64_t stride, const char* const* b, int64_
     if (P > 2) tile_store<3>(c + 3 * PANEL, ldc * sizeof(float));
 }
 
-// A block of up to 32 rows over neighbouring panels. STREAM: the weights come from memory, not from a cache.
-template <bool STREAM>
+// A block of up to 32 rows over neighbouring panels. It reads a little ahead of itself, or what it is told to.
 static void amx_block(const bf16* x, int64_t stride, int64_t rows, const char* const* b, int64_t panels, int64_t k,
-                      float* c, int64_t ldc, bool accumulate) {
+                      float* c, int64_t ldc, bool accumulate, const Ahead* ahead) {
     int64_t p = 0;
     if (rows > TILE_ROWS)
-        for (; p + 2 <= panels; p += 2) amx_tall<STREAM>(x, stride, b + p, k, c + p * PANEL, ldc, accumulate);
+        for (; p + 2 <= panels; p += 2) {
+            const Ahead near{{b[p] + PREFETCH_BYTES, b[p + 1] + PREFETCH_BYTES}, TILE_BYTES};
+            amx_tall(x, stride, b + p, k, c + p * PANEL, ldc, accumulate, ahead ? *ahead : near);
+        }
     else
-        for (; p + 4 <= panels; p += 4) amx_flat<STREAM, 4>(x, stride, b + p, k, c + p * PANEL, ldc, accumulate);
+        for (; p + 4 <= panels; p += 4) amx_flat<4>(x, stride, b + p, k, c + p * PANEL, ldc, accumulate);
     if (p == panels) return;
     // The panels left over, by tiles of rows.
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
         configure(min(TILE_ROWS, rows - r));
         int64_t q = p;
         for (; q + 2 <= panels; q += 2)
-            amx_flat<STREAM, 2>(x + r * stride, stride, b + q, k, c + r * ldc + q * PANEL, ldc, accumulate);
-        for (; q < panels; ++q)
-            amx_flat<STREAM, 1>(x + r * stride, stride, b + q, k, c + r * ldc + q * PANEL, ldc, accumulate);
+            amx_flat<2>(x + r * stride, stride, b + q, k, c + r * ldc + q * PANEL, ldc, accumulate);
+        for (; q < panels; ++q) amx_flat<1>(x + r * stride, stride, b + q, k, c + r * ldc + q * PANEL, ldc, accumulate);
     }
     configure(rows);
 }
 
+// One block of rows reads its weights once, in long runs. Several share slices of two panels: the first reads a little
+// ahead of itself, the others bring in the next slice.
 static void amx_task(const LinearJob& job, int64_t index) {
     const LinearTask task(job, index);
     const Bf16Rows& x = *static_cast<const Bf16Rows*>(job.x);
     const int64_t k = job.args->weight->k_padded, ldc = task.weight_panels * PANEL;
     float* c = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, task.rows * ldc * sizeof(float)));
-    const bool single = task.end_block - task.first_block == 1;
-    const int64_t depth = single ? k : K_DEPTH, together = single ? task.weight_panels : 2;
+    const int64_t blocks = task.end_block - task.first_block;
+    const int64_t depth = blocks == 1 ? k : K_DEPTH, together = blocks == 1 ? task.weight_panels : 2;
     int64_t configured = 0;
     for (int64_t start = 0; start < k; start += depth) {
         for (int64_t p = 0; p < task.weight_panels; p += together) {
             const char* b[2 * MAX_PANELS_PER_TASK];
             const int64_t panels = min(together, task.weight_panels - p), length = min(depth, k - start);
             for (int64_t i = 0; i < panels; ++i) b[i] = task.address[p + i] + start * 2 * PANEL;
-            for (int64_t i = task.first_block; i < task.end_block; ++i) {
-                const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
+
+            const bool same_k = p + together < task.weight_panels;
+            const int64_t next = same_k ? p + together : 0, next_start = min(same_k ? start : start + depth, k);
+            const int64_t next_bytes = min(depth, k - next_start) * 2 * PANEL, steps = length / 32;
+            const int64_t rate = blocks == 1 ? 0 : round_up(ceil_div(next_bytes, (blocks - 1) * steps), 64);
+            for (int64_t i = 0; i < blocks; ++i) {
+                const int64_t row = job.blocks.first(task.first_block + i);
+                const int64_t size = job.blocks.first(task.first_block + i + 1) - row;
+                const int64_t skipped = next_start * 2 * PANEL + (i - 1) * steps * rate;
+                const Ahead ahead{
+                    {task.address[next] + skipped, task.address[min(next + 1, task.weight_panels - 1)] + skipped},
+                    rate};
                 if (size != configured) configure(configured = size);
-                (i == task.first_block ? amx_block<true> : amx_block<false>)(x.data + row * x.stride + start, x.stride,
-                                                                             size, b, panels, length,
-                                                                             c + (row - task.row) * ldc + p * PANEL,
-                                                                             ldc, start > 0);
+                amx_block(x.data + row * x.stride + start, x.stride, size, b, panels, length,
+                          c + (row - task.row) * ldc + p * PANEL, ldc, start > 0, i == 0 ? nullptr : &ahead);
             }
         }
     }
@@ -158,9 +176,13 @@ static void amx_task(const LinearJob& job, int64_t index) {
     write_out_any(job, task, c, ldc);
 }
 
+INLINE int64_t amx_rows_per_task(int64_t k) {
+    return max<int64_t>(4 * TILE_ROWS, min<int64_t>(X_BYTES / (2 * k), 512)) / 32 * 32;
+}
+
 static void linear_amx(const LinearArgs& args) {
     const Bf16Rows x = bf16_rows(args);
-    LinearJob job(args, 0, args.rows, 2 * TILE_ROWS, AMX_ROWS_PER_TASK);
+    LinearJob job(args, 0, args.rows, 2 * TILE_ROWS, amx_rows_per_task(args.weight->k_padded));
     job.x = &x;
     run_tasks(job, [&](int64_t i) { amx_task(job, i); });
 }
@@ -225,7 +247,8 @@ static void amx_int8_task(const LinearJob& job, int64_t index) {
             scales[i] = reinterpret_cast<const bf16*>(weight.scales) +
                         (weights[i] - weight.data) / weight.panel_bytes * groups * PANEL;
         }
-        for (int64_t g = 0; g < groups; ++g)
+        for (int64_t g = 0; g < groups; ++g) {
+            for (int i = 0; i < 2; ++i) __builtin_prefetch(scales[i] + g * PANEL + 1024);
             for (int64_t i = task.first_block; i < task.end_block; ++i) {
                 const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
                 if (size != configured) configure(configured = size);
@@ -233,6 +256,7 @@ static void amx_int8_task(const LinearJob& job, int64_t index) {
                                        : amx_int8_group<false>)(x, row, size, weight.group, g, weights, scales, groups,
                                                                 c + (row - task.row) * ldc + p * PANEL, ldc);
             }
+        }
     }
     tile_release();
     write_out_any(job, task, c, ldc);
@@ -242,7 +266,7 @@ static void linear_amx_int8(const LinearArgs& args) {
     if (args.rows < AMX_INT8_ROWS) return linear_int8(args);
     const Weight& weight = *args.weight;
     const int64_t k = weight.k_padded, groups = k / weight.group, stride = k + 64;
-    LinearJob job(args, 0, args.rows, TILE_ROWS, AMX_ROWS_PER_TASK);
+    LinearJob job(args, 0, args.rows, TILE_ROWS, amx_rows_per_task(k));
     uint8_t* bytes = static_cast<uint8_t*>(scratch(SCRATCH_INPUT, args.rows * (2 * stride + 4 * groups)));
     const ByteRows x{bytes, bytes + args.rows * stride, stride,
                      reinterpret_cast<float*>(bytes + 2 * args.rows * stride)};

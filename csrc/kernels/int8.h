@@ -25,9 +25,8 @@ struct RoundedRows {
     float* scales;
 };
 
-// One group of a panel, for a block of R rows: c[R][16] += the group's sums. The weights are 8 bits wide, or widened
-// already to 16.
-template <int R, bool WIDENED>
+// One group of a panel, for a block of R rows: c[R][16] += the group's sums.
+template <int R>
 static void int8_group(const int16_t* x, const float* x_scales, int64_t groups, const char* weights, const bf16* scales,
                        int64_t quads, float* c, int64_t ldc) {
     constexpr int V = PANEL_INT_VECTORS;
@@ -40,11 +39,10 @@ static void int8_group(const int16_t* x, const float* x_scales, int64_t groups, 
         vi value[R];
         UNROLL
         for (int r = 0; r < R; ++r) value[r] = broadcast64(x + (q * R + r) * 4);
-        if constexpr (!WIDENED) __builtin_prefetch(weights + q * QUAD + 2048);
+        __builtin_prefetch(weights + q * QUAD + NEAR_BYTES);
         UNROLL
         for (int v = 0; v < V; ++v) {
-            const vi w =
-                WIDENED ? loadi(weights + q * QUAD * 2 + v * W * 4) : widen_int8(weights + q * QUAD + v * W * 2);
+            const vi w = widen_int8(weights + q * QUAD + v * W * 2);
             UNROLL
             for (int r = 0; r < R; ++r) sum[r][v] = dot_pairs(sum[r][v], w, value[r]);
         }
@@ -61,12 +59,11 @@ static void int8_group(const int16_t* x, const float* x_scales, int64_t groups, 
     }
 }
 
-template <bool WIDENED>
 INLINE void int8_block(int64_t rows, const int16_t* x, const float* x_scales, int64_t groups, const char* weights,
                        const bf16* scales, int64_t quads, float* c, int64_t ldc) {
-    using Function = decltype(&int8_group<1, WIDENED>);
-    static constexpr Function functions[] = {int8_group<1, WIDENED>, int8_group<2, WIDENED>, int8_group<3, WIDENED>,
-                                             int8_group<4, WIDENED>, int8_group<5, WIDENED>, int8_group<6, WIDENED>};
+    using Function = decltype(&int8_group<1>);
+    static constexpr Function functions[] = {int8_group<1>, int8_group<2>, int8_group<3>,
+                                             int8_group<4>, int8_group<5>, int8_group<6>};
     functions[rows - 1](x, x_scales, groups, weights, scales, quads, c, ldc);
 }
 
@@ -78,28 +75,18 @@ static void int8_task(const LinearJob& job, int64_t index) {
     const int64_t ldc = task.weight_panels * PANEL;
     float* c = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, task.rows * ldc * sizeof(float)));
     memset(c, 0, task.rows * ldc * sizeof(float));
-    const bool widen = task.end_block - task.first_block > 1;
-    alignas(64) char widened[2 * MAX_GROUP * PANEL];
     for (int64_t p = 0; p < task.weight_panels; ++p) {
         const int64_t panel = (task.address[p] - weight.data) / weight.panel_bytes;
         for (int64_t g = 0; g < groups; ++g) {
             const char* values = task.address[p] + g * weight.group * PANEL;
+            // A stream of its own, too thin for the processor to foresee.
+            __builtin_prefetch(weight.scales + ((panel * groups + g) * PANEL + 1024) * sizeof(bf16));
             const bf16* scales = reinterpret_cast<const bf16*>(weight.scales) + (panel * groups + g) * PANEL;
-            if (widen)
-                for (int64_t i = 0; i < weight.group * PANEL; i += 2 * W) {
-                    __builtin_prefetch(values + i + 2048);
-                    storei(widened + 2 * i, widen_int8(values + i));
-                }
             for (int64_t i = task.first_block; i < task.end_block; ++i) {
                 const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
                 const int16_t* block = x.values + row * k + g * weight.group * size;
                 float* sums = c + (row - task.row) * ldc + p * PANEL;
-                if (widen)
-                    int8_block<true>(size, block, x.scales + row * groups + g, groups, widened, scales, quads, sums,
-                                     ldc);
-                else
-                    int8_block<false>(size, block, x.scales + row * groups + g, groups, values, scales, quads, sums,
-                                      ldc);
+                int8_block(size, block, x.scales + row * groups + g, groups, values, scales, quads, sums, ldc);
             }
         }
     }

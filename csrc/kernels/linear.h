@@ -2,8 +2,8 @@
 //
 // Decode (few rows) is limited by reading the weight: each thread streams whole panels, contiguous in memory, and
 // prefetches ahead. Prefill (many rows) is limited by multiply-adds: a micro-kernel keeps up to 6 rows x 2 vectors of
-// sums in registers, x is packed in blocks of 6 rows, and a slice of a panel (K_BLOCK deep) is widened to float32 once
-// and stays in the first-level cache while all rows of the task pass over it.
+// sums in registers and widens the weights as it goes; x is packed in blocks of rows, and a slice of a panel stays in
+// the first-level cache while all rows of the task pass over it.
 //
 // Every sum runs over k in order, in one chain of fused multiply-adds, whatever the number of rows: a row's result
 // does not depend on what else is in the batch, bit for bit.
@@ -16,28 +16,33 @@ namespace TRINE_ISA {
 
 constexpr int MAX_ROWS = 6;
 constexpr int PANEL_VECTORS = PANEL / W;
-constexpr int64_t K_BLOCK = W == 8 ? 448 : 256;  // a slice of panels as floats: 28 or 32 KiB of first-level cache
-constexpr int64_t ROWS_PER_TASK = 144;           // whose x, K_BLOCK deep, takes a part of the second-level cache
-constexpr int64_t ROWS_PER_PASS = 576;           // packed at a time
-constexpr int64_t WIDEN_ROWS = 18;               // from here on widening a slice once pays
+constexpr int64_t SLICE_BYTES = 28 * 1024;  // of a panel, in the first-level cache while blocks of rows pass over it
+constexpr int64_t NEAR_BYTES = 1024;        // how far a few rows, and
+constexpr int64_t AHEAD_BYTES = 28 * 1024;  // more rows than that read ahead; neighbouring panels touch
+constexpr int64_t ROWS_PER_TASK = 144;      // whose x takes a part of the second-level cache
+constexpr int64_t ROWS_PER_PASS = 576;      // packed at a time
 constexpr int64_t MAX_PANELS_PER_TASK = 8;
 
-// A weight type: `step` values of k are loaded at a time, as `step` sets of PANEL_VECTORS vectors.
+// A weight type: `step` values of k are loaded at a time, `bytes` of a panel, as `step` sets of PANEL_VECTORS vectors;
+// registers suffice for blocks of `max_rows`.
 struct Float32Panels {
     static constexpr int step = 1;
     static constexpr int64_t bytes = PANEL * 4;
+    static constexpr int max_rows = MAX_ROWS;
     INLINE vf value(const char* p, int, int v) { return load(reinterpret_cast<const float*>(p) + v * W); }
     INLINE vf multiply_add(vf x, vf w, vf sum) { return fma(x, w, sum); }
 };
 struct Float16Panels {
     static constexpr int step = 1;
     static constexpr int64_t bytes = PANEL * 2;
+    static constexpr int max_rows = MAX_ROWS;
     INLINE vf value(const char* p, int, int v) { return load(reinterpret_cast<const f16*>(p) + v * W); }
     INLINE vf multiply_add(vf x, vf w, vf sum) { return fma(x, w, sum); }
 };
 struct BFloat16Panels {
     static constexpr int step = 2;
     static constexpr int64_t bytes = PANEL * 4;
+    static constexpr int max_rows = W == 8 ? 5 : MAX_ROWS;
     INLINE vf value(const char* p, int s, int v) {
         asm("" : "+r"(p));  // a second load is cheaper than the spill that the compiler would make of the first
         const vi pairs = loadi(p + v * W * 4);
@@ -50,6 +55,7 @@ struct BFloat16Panels {
 struct BFloat16Pairs {
     static constexpr int step = 1;
     static constexpr int64_t bytes = PANEL * 4;
+    static constexpr int max_rows = MAX_ROWS;
     INLINE vf value(const char* p, int, int v) { return as_float(loadi(p + v * W * 4)); }
     INLINE vf multiply_add(vf x, vf w, vf sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
 };
@@ -87,10 +93,10 @@ INLINE void micro(const X& x, const char* const* b, int64_t k, float* c, int64_t
 
     for (int64_t i = 0; i < k; i += B::step) {
         const int64_t offset = i / B::step * B::bytes;
-        if constexpr (FEW) {
-            UNROLL
-            for (int p = 0; p < P; ++p) __builtin_prefetch(b[p] + offset + 1024);
-        }
+        UNROLL
+        for (int p = 0; p < P; ++p)
+            FEW ? __builtin_prefetch(b[p] + offset + NEAR_BYTES)
+                : __builtin_prefetch(b[p] + offset + AHEAD_BYTES, 0, 2);
         UNROLL
         for (int s = 0; s < B::step; ++s) {
             if constexpr (FEW) {
@@ -160,7 +166,7 @@ static void gemm(const float* x, int64_t stride, int64_t rows, const char* const
 }
 
 // What one call of linear() shares between its tasks: a pass over some rows. A task is a range of the rows' blocks x a
-// range of the output's panels; tasks that share panels follow one another.
+// range of the output's panels; tasks that share rows follow one another.
 struct LinearJob {
     const LinearArgs* args;
     int64_t first_row;
@@ -189,11 +195,11 @@ struct LinearTask {
 
     LinearTask(const LinearJob& job, int64_t index) {
         const Weight& weight = *job.args->weight;
-        first_block = index % job.row_tasks * job.blocks_per_task;
+        first_block = index / job.panel_tasks * job.blocks_per_task;
         end_block = min(first_block + job.blocks_per_task, job.blocks.count);
         row = job.blocks.first(first_block);
         rows = job.blocks.first(end_block) - row;
-        panel = index / job.row_tasks * job.panels_per_task;
+        panel = index % job.panel_tasks * job.panels_per_task;
         panels = min(job.panels_per_task, job.out_panels - panel);
         weight_panels = 0;
         for (int64_t half = 0; half < (job.args->silu_mul ? 2 : 1); ++half)
@@ -251,17 +257,16 @@ INLINE void over_blocks(const LinearJob& job, const Prepare& prepare) {
         for (int64_t i = 0; i < job.blocks.count; ++i) prepare(i);
 }
 
-// Few rows: every weight is widened in registers as it is used.
 template <class B>
-static void narrow_task(const LinearJob& job, int64_t index) {
+static void float_task(const LinearJob& job, int64_t index) {
     const LinearTask task(job, index);
     const int64_t k = job.args->weight->panel_bytes / B::bytes * B::step;
     const int64_t ldc = task.weight_panels * PANEL;
     float* c = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, task.rows * ldc * sizeof(float)));
     const float* x = static_cast<const float*>(job.x);
-    // Two or more blocks share a slice of the panels while it is in the first-level cache.
-    const int64_t depth = job.blocks.count == 1 ? k : 2 * K_BLOCK;
-    const int64_t together = job.blocks.count == 1 ? task.weight_panels : panels_at_once(1);
+    // Two or more blocks share a slice of a panel while it is in the first-level cache.
+    const int64_t depth = job.blocks.count == 1 ? k : SLICE_BYTES / B::bytes * B::step;
+    const int64_t together = job.blocks.count == 1 ? task.weight_panels : panels_at_once(task.rows);
     for (int64_t p = 0; p < task.weight_panels; p += together) {
         for (int64_t start = 0; start < k; start += depth) {
             const char* b[2 * MAX_PANELS_PER_TASK];
@@ -271,39 +276,6 @@ static void narrow_task(const LinearJob& job, int64_t index) {
                 const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
                 block_of_rows<Packed, B>({x + row * k + start * size}, size, b, panels, min(depth, k - start),
                                          c + (row - task.row) * ldc + p * PANEL, ldc, start > 0);
-            }
-        }
-    }
-    write_out_any(job, task, c, ldc);
-}
-
-// Many rows: slices of the weight are widened to float32 first.
-template <class B>
-static void wide_task(const LinearJob& job, int64_t index) {
-    constexpr int P = panels_at_once(MAX_ROWS);
-    alignas(64) float slice[P][K_BLOCK * PANEL];
-    const LinearTask task(job, index);
-    const int64_t k = job.args->weight->k_padded;
-    const int64_t ldc = task.weight_panels * PANEL;
-    float* c = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, task.rows * ldc * sizeof(float)));
-    const float* x = static_cast<const float*>(job.x);
-    for (int64_t start = 0; start < k; start += K_BLOCK) {
-        const int64_t depth = min(K_BLOCK, k - start);
-        for (int64_t p = 0; p < task.weight_panels; p += P) {
-            const int64_t panels = min<int64_t>(P, task.weight_panels - p);
-            const char* b[P];
-            for (int64_t i = 0; i < panels; ++i) {
-                const char* from = task.address[p + i] + start / B::step * B::bytes;
-                b[i] = reinterpret_cast<const char*>(slice[i]);
-                for (int64_t j = 0; j < depth; j += B::step)
-                    for (int s = 0; s < B::step; ++s)
-                        for (int v = 0; v < PANEL_VECTORS; ++v)
-                            store(slice[i] + (j + s) * PANEL + v * W, B::value(from + j / B::step * B::bytes, s, v));
-            }
-            for (int64_t i = task.first_block; i < task.end_block; ++i) {
-                const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
-                block_of_rows<Packed, Float32Panels>({x + row * k + start * size}, size, b, panels, depth,
-                                                     c + (row - task.row) * ldc + p * PANEL, ldc, start > 0);
             }
         }
     }
@@ -343,12 +315,11 @@ template <class B>
 static void linear_of(const LinearArgs& args) {
     const int64_t k = args.weight->k_padded;
     for (int64_t row = 0; row < args.rows; row += ROWS_PER_PASS) {
-        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row), MAX_ROWS, ROWS_PER_TASK);
+        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row), B::max_rows, ROWS_PER_TASK);
         float* x = static_cast<float*>(scratch(SCRATCH_INPUT, job.blocks.rows * k * sizeof(float)));
         pack_rows(job, x);
         job.x = x;
-        const bool wide = job.blocks.rows >= WIDEN_ROWS;
-        run_tasks(job, [&](int64_t i) { wide ? wide_task<B>(job, i) : narrow_task<B>(job, i); });
+        run_tasks(job, [&](int64_t i) { float_task<B>(job, i); });
     }
 }
 
@@ -385,7 +356,7 @@ static void linear_pairs(const LinearArgs& args) {
     const Bf16Rows rows = bf16_rows(args);
     const int64_t k = args.weight->k_padded / 2;
     for (int64_t first = 0; first < args.rows; first += ROWS_PER_PASS) {
-        LinearJob job(args, first, min(ROWS_PER_PASS, args.rows - first), MAX_ROWS, ROWS_PER_TASK);
+        LinearJob job(args, first, min(ROWS_PER_PASS, args.rows - first), BFloat16Pairs::max_rows, ROWS_PER_TASK);
         float* x = static_cast<float*>(scratch(SCRATCH_PARTIAL, job.blocks.rows * k * sizeof(float)));
         over_blocks(job, [&](int64_t i) {
             const int64_t row = job.blocks.first(i), size = job.blocks.first(i + 1) - row;
@@ -393,7 +364,7 @@ static void linear_pairs(const LinearArgs& args) {
             pack_block(from, rows.stride / 2, size, k, k, x + row * k);
         });
         job.x = x;
-        run_tasks(job, [&](int64_t i) { narrow_task<BFloat16Pairs>(job, i); });
+        run_tasks(job, [&](int64_t i) { float_task<BFloat16Pairs>(job, i); });
     }
 }
 #endif
