@@ -113,6 +113,10 @@ EXPORT void trine_gelu(const void* x, void* y, int64_t count, int approximate, i
 EXPORT void trine_sample(const float* x, const void* params, int64_t* out, int64_t rows, int64_t size, int64_t stride) {
     kernels->sample(x, static_cast<const SampleParams*>(params), out, rows, size, stride);
 }
+EXPORT void trine_score(const float* x, const int64_t* targets, float* largest, double* total, int64_t* rank,
+                        int64_t* top_ids, int64_t k, int64_t rows, int64_t size, int64_t stride) {
+    kernels->score({x, targets, largest, total, rank, top_ids, k, rows, size, stride});
+}
 EXPORT float trine_probe_read(const void* memory, int64_t bytes) { return kernels->probe_read(memory, bytes); }
 // Returns the floating-point operations of one task of `steps` steps.
 EXPORT int64_t trine_probe_fma(int64_t tasks, int64_t steps) {

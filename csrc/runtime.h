@@ -109,6 +109,17 @@ struct SampleParams {
     double top_k, top_p, min_z;
 };
 
+// Log-probabilities of rows of logits: log p(token) = logit - largest - log(total).
+struct ScoreArgs {
+    const float* x;          // rows of `size` logits, `stride` apart
+    const int64_t* targets;  // [rows], within a row
+    float* largest;          // [rows]
+    double* total;           // [rows]
+    int64_t* rank;           // [rows], of the target: 1 is the largest logit
+    int64_t* top_ids;        // [rows, k]
+    int64_t k, rows, size, stride;
+};
+
 // One build of the kernels. Null entries don't exist: each build has them all.
 struct Kernels {
     const char* name;
@@ -121,6 +132,7 @@ struct Kernels {
     void (*embedding)(const Weight&, const int64_t* ids, void* out, int64_t rows, DType out_dtype);
     void (*sample)(const float* x, const SampleParams* params, int64_t* out, int64_t rows, int64_t size,
                    int64_t stride);
+    void (*score)(const ScoreArgs&);
     float (*probe_read)(const void* memory, int64_t bytes);
     float (*probe_fma)(int64_t tasks, int64_t steps);
     int vector_width;

@@ -1,4 +1,4 @@
-// The choice of a token from a row of logits: greedy, or drawn from the distribution that the filters leave.
+// The choice of a token from a row of logits, greedy or drawn from what the filters leave; log-probabilities.
 //
 // The definition is trine/llm/sampling/distribution.py: integer weights round(2^34 e^z), whose sums are exact in
 // double whatever the order; filters as a smallest z; the first token, by id, whose cumulative weight passes a share
@@ -299,10 +299,49 @@ static int64_t sample_row(Row& row, const SampleParams& params) {
     return draw_from_row(row, params.uniform, -__builtin_inff());
 }
 
-// x: rows of `size` logits, `stride` apart. out: the token of each row; -1 where it holds a NaN, or its largest logit is
-// infinite or minus infinity.
-static void sample(const float* x, const SampleParams* params, int64_t* out, int64_t rows, int64_t size,
-                   int64_t stride) {
+// The k largest logits, the largest first, of equal ones the smallest id.
+static void find_top(const Row& row, int64_t k, int64_t* ids) {
+    float bound = -__builtin_inff();
+    Candidate* top = row.ordered;
+    if (k <= row.blocks) {
+        memcpy(static_cast<void*>(top), row.maxima, row.blocks * sizeof(float));
+        bound = select(reinterpret_cast<float*>(top), row.blocks, k - 1);
+    }
+    int64_t count = 0;
+    for (int64_t block = 0; block < row.blocks; ++block) {
+        if (row.maxima[block] < bound) continue;
+        for (int64_t i = block * BLOCK; i < row.end_of(block); ++i) {
+            const float x = row.x[i];
+            if (!(x >= bound) || (count == k && !(x > top[k - 1].z))) continue;
+            int64_t place = count < k ? count++ : k - 1;
+            for (; place > 0 && top[place - 1].z < x; --place) top[place] = top[place - 1];
+            top[place] = {x, 0, int32_t(i)};
+        }
+    }
+    for (int64_t i = 0; i < k; ++i) ids[i] = i < count ? top[i].id : 0;
+}
+
+// The largest logit, the sum of e^(logit - largest), and how many logits are above the target's.
+static void score_row(Row& row, const ScoreArgs& args, int64_t index) {
+    find_maxima(row);
+    row.inverse = 1;
+    const float target = row.x[args.targets[index]];
+    vd sum = no_sum();
+    int64_t above = 0;
+    for (int64_t block = 0; block < row.blocks; ++block) {
+        for (int64_t i = block * BLOCK; i < row.end_of(block); i += W) sum = add_exactly(sum, exp(row.z(i)));
+        if (row.maxima[block] > target)
+            for (int64_t i = block * BLOCK; i < row.end_of(block); ++i) above += row.x[i] > target;
+    }
+    args.largest[index] = row.largest;
+    args.total[index] = total_of(sum);
+    args.rank[index] = above + 1;
+    find_top(row, args.k, args.top_ids + index * args.k);
+}
+
+// body(row, index) for every row of logits.
+template <class Body>
+INLINE void each_row(const float* x, int64_t rows, int64_t size, int64_t stride, const Body& body) {
     const int64_t blocks = ceil_div(size, BLOCK);
     const size_t bytes = blocks * (sizeof(float) + sizeof(double)) + 2 * size * sizeof(Candidate) + 64;
     over_rows(rows, size, [&](int64_t start, int64_t end) {
@@ -315,9 +354,19 @@ static void sample(const float* x, const SampleParams* params, int64_t* out, int
         row.ordered = row.found + size;
         for (int64_t i = start; i < end; ++i) {
             row.x = x + i * stride;
-            out[i] = sample_row(row, params[i]);
+            body(row, i);
         }
     });
+}
+
+// out: the token of each row; -1 where it holds a NaN, or its largest logit is infinite or minus infinity.
+static void sample(const float* x, const SampleParams* params, int64_t* out, int64_t rows, int64_t size,
+                   int64_t stride) {
+    each_row(x, rows, size, stride, [&](Row& row, int64_t i) { out[i] = sample_row(row, params[i]); });
+}
+
+static void score(const ScoreArgs& args) {
+    each_row(args.x, args.rows, args.size, args.stride, [&](Row& row, int64_t i) { score_row(row, args, i); });
 }
 
 }  // namespace TRINE_ISA

@@ -27,7 +27,7 @@ static void linear(const LinearArgs& args) {
 
 static constexpr Kernels table(const char* name) {
     return Kernels{name,      linear,    norm,   silu_mul,   gelu,      prepare_qkv,
-                   attention, embedding, sample, probe_read, probe_fma, W};
+                   attention, embedding, sample, score,      probe_read, probe_fma, W};
 }
 
 }  // namespace TRINE_ISA

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from trine.kernels import ops
 from trine.llm.sampling.logprobs import prompt_logprobs
 from trine.llm.sampling.params import SamplingParams
 from trine.llm.sampling.sampler import Sampler
@@ -14,10 +16,12 @@ from trine.llm.sampling.sampler import Sampler
 
 @pytest.mark.parametrize("vocab", [2, 100, 128, 4096, 50257])
 @pytest.mark.parametrize("k", [0, 1, 5, 64])
-def test_equal_log_softmax(vocab: int, k: int) -> None:
+@pytest.mark.parametrize("use_reference", [False, True])
+def test_equal_log_softmax(vocab: int, k: int, use_reference: bool) -> None:
     logits = torch.randn((7, vocab), generator=torch.Generator().manual_seed(vocab)) * 4 + 100
     targets = torch.randint(vocab, (7,), generator=torch.Generator().manual_seed(k))
-    result = prompt_logprobs(logits, targets, k)
+    with ops.reference_only() if use_reference else nullcontext():
+        result = prompt_logprobs(logits, targets, k)
     expected = logits.double().log_softmax(-1)
     count = min(k, vocab)
     assert result.top_ids.shape == (7, count)
@@ -38,6 +42,15 @@ def test_a_position_is_the_same_in_any_batch() -> None:
         assert torch.equal(alone.sampled_logprob[0], together.sampled_logprob[row])
         assert torch.equal(alone.top_logprobs[0], together.top_logprobs[row])
         assert torch.equal(alone.top_ids[0], together.top_ids[row])
+
+
+@pytest.mark.parametrize("use_reference", [False, True])
+def test_of_equally_probable_tokens_the_first_are_named(use_reference: bool) -> None:
+    logits = torch.zeros((1, 1000))
+    logits[0, [400, 7, 900, 130]] = 1.0
+    with ops.reference_only() if use_reference else nullcontext():
+        assert prompt_logprobs(logits, torch.tensor([0]), 6).top_ids.tolist() == [[7, 130, 400, 900, 0, 1]]
+        assert prompt_logprobs(logits, torch.tensor([900]), 2).top_ids.tolist() == [[7, 130]]
 
 
 def test_are_of_the_logits_before_penalties_bias_and_temperature() -> None:

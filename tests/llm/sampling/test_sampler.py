@@ -70,7 +70,7 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(workloads(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_equals_the_slow_twin_over_several_steps(work: dict[str, Any], use_reference: bool) -> None:
     """Every option at once, mixed in a batch, rows out of order, from a fresh or a resumed sequence."""
     with ops.reference_only() if use_reference else nullcontext():

@@ -32,6 +32,7 @@ __all__ = [
     "prepare_qkv",
     "rms_norm",
     "sample",
+    "score",
     "set_isa",
     "set_num_threads",
     "silu_mul",
@@ -48,6 +49,7 @@ if _library is not None:
     _silu_mul = _library.trine_silu_mul
     _gelu = _library.trine_gelu
     _sample = _library.trine_sample
+    _score = _library.trine_score
     _prepare_qkv = _library.trine_prepare_qkv
     _attention = _library.trine_attention
 
@@ -287,3 +289,24 @@ def sample(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows, dtype=torch.int64)
     _sample(logits.data_ptr(), params.data_ptr(), out.data_ptr(), rows, size, logits.stride(0))
     return out
+
+
+def score(
+    logits: torch.Tensor, targets: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the log-probabilities of logits [B, V] float32 are made of: logit - largest - log(total).
+
+    targets [B] int64 in [0, V), k at most V -> the largest logit [B] float32; total [B] float64, the sum of e^(logit -
+    largest); the target's rank [B] int64, 1 and the number of larger logits; the ids of the k largest logits [B, k]
+    int64, the largest first, of equal ones the smallest id.
+    """
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    targets = targets.contiguous()
+    rows, size = logits.shape
+    largest = torch.empty(rows, dtype=torch.float32)
+    total = torch.empty(rows, dtype=torch.float64)
+    rank = torch.empty(rows, dtype=torch.int64)
+    top_ids = torch.empty((rows, k), dtype=torch.int64)
+    results = (largest.data_ptr(), total.data_ptr(), rank.data_ptr(), top_ids.data_ptr())
+    _score(logits.data_ptr(), targets.data_ptr(), *results, k, rows, size, logits.stride(0))
+    return largest, total, rank, top_ids

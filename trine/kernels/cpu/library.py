@@ -27,6 +27,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "trine_silu_mul": (None, [c_void_p] * 2 + [c_int64] * 2 + [c_int]),
     "trine_gelu": (None, [c_void_p] * 2 + [c_int64, c_int, c_int]),
     "trine_sample": (None, [c_void_p] * 3 + [c_int64] * 3),
+    "trine_score": (None, [c_void_p] * 6 + [c_int64] * 4),
     "trine_probe_read": (c_float, [c_void_p, c_int64]),
     "trine_probe_fma": (c_int64, [c_int64, c_int64]),
     "trine_prepare_qkv": (None, [c_void_p] * 9 + [c_int64] * 6 + [c_float, c_int, c_int]),

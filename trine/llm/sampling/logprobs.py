@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trine.kernels import ops, reference
 from trine.llm.sampling.distribution import BLOCK, CHUNK_ELEMENTS, argmax, block_max, scaled_logits
 
 
@@ -48,6 +49,12 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, k: int) -> SampledLogprobs:
     the k hold those with the smaller ids. A position's result is the same, bit for bit, in any batch.
     """
     k = min(k, logits.shape[1])
+    if not logits.is_cuda and ops.backend(False, torch.float32) is not reference:
+        from trine.kernels import cpu
+
+        targets = targets.clamp(0, logits.shape[1] - 1)
+        largest, total, ranks, ids = cpu.score(logits, targets, k)
+        return _from_parts(logits, targets, largest, total, ranks, ids)
     if logits.device.type != "cpu" or logits.shape[0] * logits.shape[1] <= CHUNK_ELEMENTS:
         return _logprobs(logits, targets, k)
     result = SampledLogprobs.empty(logits.shape[0], k, logits.device)
@@ -63,11 +70,19 @@ def _logprobs(logits: Tensor, targets: Tensor, k: int) -> SampledLogprobs:
     weights = scaled_logits(logits, largest, None).exp_()
     # Blocks first: torch splits one long sum over threads when it is the only one, and that changes the last bits.
     total = weights.view(len(weights), -1, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
-    normalizer = (total.log() + largest.to(torch.float64)).to(torch.float32)[:, None]
-    target_logits = logits.gather(1, targets.clamp(min=0)[:, None])
-    ranks = (logits > target_logits).sum(-1) + 1
+    targets = targets.clamp(min=0)
+    ranks = (logits > logits.gather(1, targets[:, None])).sum(-1) + 1
     ids = _top_ids(logits, block_max(logits), k)
-    return SampledLogprobs((target_logits - normalizer).squeeze(1), ranks, ids, logits.gather(1, ids) - normalizer)
+    return _from_parts(logits, targets, largest, total, ranks, ids)
+
+
+def _from_parts(
+    logits: Tensor, targets: Tensor, largest: Tensor, total: Tensor, ranks: Tensor, ids: Tensor
+) -> SampledLogprobs:
+    """total [B] float64: the sum of exp(logit - largest)."""
+    normalizer = (total.log() + largest.to(torch.float64)).to(torch.float32)[:, None]
+    target_logprobs = (logits.gather(1, targets[:, None]) - normalizer).squeeze(1)
+    return SampledLogprobs(target_logprobs, ranks, ids, logits.gather(1, ids) - normalizer)
 
 
 def _top_ids(logits: Tensor, maxima: Tensor, k: int) -> Tensor:
