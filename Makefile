@@ -9,8 +9,7 @@ VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 MODEL  ?= tiny
-# Installed before the rest. On a machine with no GPU, PyTorch's CPU index has a smaller build of the same version:
-#   make serve TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+# Installed before the rest, so that nothing below picks another build of it.
 TORCH  ?= torch==2.13.0
 
 BIN := $(VENV)/bin

@@ -32,7 +32,7 @@ _OS_REMEDIES = {
 }
 
 _EXTRAS = {
-    "server": ("starlette", "uvicorn", "uvloop", "httptools", "msgspec", "zmq", "prometheus_client"),
+    "server": ("uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client"),
     "guided": ("llguidance", "xgrammar"),
     "gpu": ("triton",),
 }
