@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trine.llm.sampling.upload import upload
+
 
 class BadWords:
     """Forbidden token sequences of two tokens or more for one row, and the end of its output, on the device.
@@ -19,10 +21,10 @@ class BadWords:
     def __init__(self, words: Sequence[Sequence[int]], output_token_ids: Sequence[int], device: torch.device) -> None:
         longest = max(len(word) for word in words) - 1
         prefixes = [[-1] * (longest + 1 - len(word)) + list(word[:-1]) for word in words]
-        self._prefixes = torch.tensor(prefixes, dtype=torch.int64, device=device)  # [W, L], -1 matches anything
-        self._last = torch.tensor([word[-1] for word in words], dtype=torch.int64, device=device)
+        self._prefixes = upload(prefixes, device)  # [W, L], -1 matches anything
+        self._last = upload([word[-1] for word in words], device)
         recent = [-2] * longest + list(output_token_ids)
-        self._recent = torch.tensor(recent[-longest:], dtype=torch.int64, device=device)  # [L]
+        self._recent = upload(recent[-longest:], device)  # [L]
 
     def apply(self, logits: Tensor) -> None:
         """Forbid in place what would complete a word. logits [V]."""

@@ -15,6 +15,7 @@ from trine.llm.sampling.bad_words import BadWords
 from trine.llm.sampling.bitmask import unpack_bitmask
 from trine.llm.sampling.params import SamplingParams
 from trine.llm.sampling.penalties import PenaltyTable
+from trine.llm.sampling.upload import upload
 
 
 @dataclass(slots=True)
@@ -65,9 +66,11 @@ class LogitEdits:
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
         edits = _RowEdits(
             penalised=penalised,
-            bias=(self._tensor(list(bias)), self._tensor(list(bias.values()), torch.float32)) if bias else None,
+            bias=(upload(list(bias), self._device), upload(list(bias.values()), self._device, torch.float32))
+            if bias
+            else None,
             min_tokens=params.min_tokens,
-            ends=self._tensor(sorted(ends)) if ends and params.min_tokens > 0 else None,
+            ends=upload(sorted(ends), self._device) if ends and params.min_tokens > 0 else None,
             bad_words=BadWords(phrases, output_token_ids, self._device) if phrases else None,
         )
         self._rows.pop(row, None)
@@ -115,8 +118,8 @@ class LogitEdits:
         safe = tokens.clamp(min=0)
         penalised = [line for line, row in enumerate(host_rows) if row in self._rows and self._rows[row].penalised]
         if penalised and self._penalties is not None:
-            lines = self._tensor(penalised)
-            self._penalties.record(safe[lines], self._tensor(rows[penalised]), rows[penalised])
+            lines = upload(penalised, self._device)
+            self._penalties.record(safe[lines], upload(rows[penalised], self._device), rows[penalised])
         for line, row in enumerate(host_rows):
             edits = self._rows.get(row)
             if edits is not None and edits.bad_words is not None:
@@ -127,12 +130,12 @@ class LogitEdits:
             return
         lines = [line for line, row in enumerate(rows.tolist()) if row in self._rows and self._rows[row].penalised]
         if lines:
-            self._penalties.apply(logits, self._tensor(lines), self._tensor(rows[lines]), rows[lines])
+            self._penalties.apply(logits, upload(lines, self._device), upload(rows[lines], self._device), rows[lines])
 
     def _apply_grammars(
         self, logits: Tensor, bitmask: Tensor, guided: npt.NDArray[np.bool_], unforbidden: dict[int, Tensor]
     ) -> None:
-        lines = self._tensor(np.flatnonzero(guided))
+        lines = upload(np.flatnonzero(guided), self._device)
         mask = bitmask.to(self._device, non_blocking=True)
         forbidden = ~unpack_bitmask(mask[lines], self._vocab_size)
         if not unforbidden:
@@ -148,9 +151,3 @@ class LogitEdits:
                 alone = unforbidden[line].masked_fill_(forbidden[place], -math.inf)
                 masked[place] = torch.where(dead, alone, masked[place])
         logits.index_copy_(0, lines, masked)
-
-    def _tensor(self, values: Sequence[float] | npt.NDArray[np.int64], dtype: torch.dtype = torch.int64) -> Tensor:
-        tensor = torch.as_tensor(values, dtype=dtype)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)

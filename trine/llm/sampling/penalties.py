@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trine.llm.sampling.upload import upload
+
 
 class PenaltyTable:
     """The distinct tokens of each penalised row and how often the output has them, on the device.
@@ -45,11 +47,11 @@ class PenaltyTable:
             counts = np.concatenate((occurrences, np.zeros_like(only_prompt)))
         size = len(tokens)
         self._reserve(size + 1)
-        self._ids[row, :size] = torch.from_numpy(tokens).to(self._device)
-        self._counts[row, :size] = torch.from_numpy(counts.astype(np.float32)).to(self._device)
+        self._ids[row, :size] = upload(tokens, self._device)
+        self._counts[row, :size] = upload(counts, self._device, torch.float32)
         self._sizes[row] = size
         self._bounds[row] = size
-        self._strengths[row] = torch.tensor((repetition, presence, frequency), device=self._device)
+        self._strengths[row] = upload((repetition, presence, frequency), self._device, torch.float32)
 
     def apply(self, logits: Tensor, lines: Tensor, rows: Tensor, host_rows: npt.NDArray[np.int64]) -> None:
         """Penalise lines `lines` [P] of logits [B, V] in place; `rows` [P] are their rows."""

@@ -17,6 +17,7 @@ from trine.llm.sampling.edits import LogitEdits
 from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
 from trine.llm.sampling.params import SamplingParams
 from trine.llm.sampling.random import as_uint64, uniforms
+from trine.llm.sampling.upload import upload
 
 # What a row needs beyond the largest logit: bits, since a step asks for each of them over all rows.
 _RANDOM, _TOP_K, _TOP_P, _MIN_P, _EDITS, _GUIDED, _LOGPROBS = (1 << bit for bit in range(7))
@@ -122,7 +123,7 @@ class Sampler:
         wanted = np.flatnonzero(uses & _LOGPROBS)
         if len(wanted) == len(uses):
             return logits.clone() if copy else logits
-        return logits.index_select(0, self._upload(wanted))
+        return logits.index_select(0, upload(wanted, self.device))
 
     def _logprobs(
         self, raw: Tensor, uses: npt.NDArray[np.uint8], index: npt.NDArray[np.int64], tokens: Tensor
@@ -130,7 +131,7 @@ class Sampler:
         count = int(self._logprob_counts[index].max())
         if raw.shape[0] == len(index):
             return prompt_logprobs(raw, tokens, count)
-        wanted = self._upload(np.flatnonzero(uses & _LOGPROBS))
+        wanted = upload(np.flatnonzero(uses & _LOGPROBS), self.device)
         part = prompt_logprobs(raw, tokens.index_select(0, wanted), count)
         result = SampledLogprobs.empty(len(index), part.top_ids.shape[1], self.device)
         result.put(wanted, part)
@@ -144,11 +145,12 @@ class Sampler:
         steps: npt.NDArray[np.int64],
     ) -> Tensor:
         """The tokens of the edited logits, [B] int64: -1 where the row's largest logit is not finite."""
-        table = np.zeros((len(index), 5))
-        table[:, 1:] = self._filters[index]
         random = uses & _RANDOM != 0
+        table = np.zeros((len(index), 5))
+        table[:, 3:] = (1.0, -math.inf)
         if random.any():
             table[:, 0] = uniforms(self._seeds[index], steps.astype(np.uint64))
+            table[:, 1:] = self._filters[index]
         if self.device.type == "cpu" and ops.backend(False, torch.float32) is not reference:
             from trine.kernels import cpu
 
@@ -157,18 +159,11 @@ class Sampler:
         for part in np.flatnonzero(random & (uses & _FILTERS == 0)), np.flatnonzero(uses & _FILTERS):
             if len(part) == 0:
                 continue
-            lines = self._upload(part)
+            lines = upload(part, self.device)
             chosen = logits if len(part) == len(index) else logits[lines]
             needs = int(np.bitwise_or.reduce(uses[part]))
-            tokens.index_copy_(0, lines, _draw(chosen, largest[lines], self._upload(table[part]), needs))
-        return torch.where(torch.isfinite(largest), tokens, -1)
-
-    def _upload(self, array: npt.NDArray[np.generic]) -> Tensor:
-        """A host array on the device. Pinned, so that the copy waits for nothing."""
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+            tokens.index_copy_(0, lines, _draw(chosen, largest[lines], upload(table[part], self.device), needs))
+        return tokens.masked_fill_(largest - largest != 0.0, -1)  # infinity and NaN give NaN
 
 
 def _draw(logits: Tensor, largest: Tensor, table: Tensor, needs: int) -> Tensor:
