@@ -6,17 +6,19 @@ import asyncio
 import contextlib
 import re
 import time
+import types
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from trine.core.errors import RequestError, TrineError
 
+NewsT = TypeVar("NewsT")
 Headers = list[tuple[bytes, bytes]]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Send = Callable[[MutableMapping[str, Any]], Coroutine[Any, Any, None]]
 
 JSON = b"application/json"
 EVENT_STREAM_HEADERS = (
@@ -38,6 +40,13 @@ class ClientDisconnectedError(Exception):
     """The client hung up: there is nobody to answer."""
 
 
+@types.coroutine
+def _resumed(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """Go on with a coroutine that was begun outside of any task and now waits for `waits_for`."""
+    yield waits_for
+    yield from coroutine.__await__()
+
+
 @dataclass(slots=True)
 class Response:
     """An answer that is known as a whole."""
@@ -57,11 +66,12 @@ class Request:
 
     __slots__ = (
         "_body",
-        "_head_lock",
         "_headers",
         "_receive",
         "_send",
         "_streaming",
+        "_unsent",
+        "_writing",
         "arrival",
         "completed",
         "failure",
@@ -80,7 +90,8 @@ class Request:
         self.failure: TrineError | None = None
         self._body: bytes | None = None
         self._streaming = False
-        self._head_lock = asyncio.Lock()
+        self._writing = asyncio.Lock()
+        self._unsent: asyncio.Task[None] | None = None
         self.notes: dict[str, Any] = {}
         self.response_headers: Headers = []
         self._receive = receive
@@ -175,22 +186,48 @@ class Request:
         self.completed = True
         await self._send({"type": "http.response.body", "body": response.body})
 
-    def write_events(self, data: bytes, more: bool) -> Awaitable[None]:
+    async def write_events(self, data: bytes, more: bool) -> None:
         """Send a part of an event stream, its head first. Safe to call from several tasks."""
-        if self._streaming and more:  # a token's way: no coroutine of ours in between
-            return self._send({"type": "http.response.body", "body": data, "more_body": True})
-        return self._write_edge(data, more)
-
-    async def _write_edge(self, data: bytes, more: bool) -> None:
-        """The first or the last part of an event stream."""
-        if not self._streaming:
-            async with self._head_lock:
-                if not self.started:
-                    await self._start(200, [*EVENT_STREAM_HEADERS])
+        async with self._writing:
+            if self._unsent is not None:
+                await self._unsent
+            if not self.started:
+                await self._start(200, [*EVENT_STREAM_HEADERS])
                 self._streaming = True
-        if not more:
-            self.completed = True
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            self.completed = not more
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    def event_sink(self, events_of: Callable[[NewsT], bytes]) -> Callable[[NewsT], bool]:
+        """A function that sends what `events_of` makes of its argument without waiting for a task's turn.
+
+        It returns False, having done nothing, while that is not possible: before the head is out, and while the client
+        reads more slowly than it is written to.
+        """
+
+        def sink(news: NewsT) -> bool:
+            if not self._streaming or self._unsent is not None or self._writing.locked():
+                return False
+            data = events_of(news)
+            if data:
+                self._write_now(data)
+            return True
+
+        return sink
+
+    def _write_now(self, data: bytes) -> None:
+        """Runs `send` outside of any task, as it nearly always ends without waiting; else a task takes it over."""
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            waits_for = sending.send(None)
+        except StopIteration:
+            return
+        self._unsent = asyncio.create_task(self._send_rest(sending, waits_for))
+
+    async def _send_rest(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        try:
+            await _resumed(sending, waits_for)
+        finally:
+            self._unsent = None
 
     def record(self) -> list[MutableMapping[str, Any]]:
         """From now on, what is sent is also appended to the list returned."""

@@ -274,18 +274,23 @@ async def stream(job: Job) -> None:
     )
     chunks = ChatChunks(template, job.params.n, with_usage=job.with_usage)
     choices = [ChoiceStream(job, index, chunks) for index in range(job.params.n)]
-    write = job.request.write_events
+    request, source = job.request, generation.streams[0]
+
+    def events_of(deltas: list[Delta]) -> bytes:
+        generation.account(deltas, 0)
+        return b"".join([choices[delta.index].push(delta) for delta in deltas])
+
+    source.sink = request.event_sink(events_of)
     try:
-        async for deltas in generation.streams[0]:
-            generation.account(deltas, 0)
-            data = b"".join([choices[delta.index].push(delta) for delta in deltas])
+        async for deltas in source:
+            data = events_of(deltas)
             if not generation.unfinished:
                 usage = generation.usage()
                 data += chunks.usage(usage) + DONE if job.with_usage else DONE
             if data:
-                await write(data, generation.unfinished > 0)
+                await request.write_events(data, generation.unfinished > 0)
     except TrineError as error:
-        if not job.request.started:
+        if not request.started:
             raise
-        job.request.failure = error
-        await write(error_event(error) + DONE, False)
+        request.failure = error
+        await request.write_events(error_event(error) + DONE, False)

@@ -233,24 +233,29 @@ async def stream(job: Job) -> None:
     """Send events until every choice has ended. An error before the first is raised, later ones become an event."""
     generation, width = job.generation, job.params.n
     chunks = CompletionChunks(job.head(), len(job.prompts) * width, with_usage=job.with_usage)
-    write = job.request.write_events
+    request = job.request
 
     async def one(number: int, source: RequestStream) -> None:
         first = number * width
         choices = {first + i: ChoiceStream(job, number, first + i, chunks) for i in range(width)}
-        async for deltas in source:
+
+        def events_of(deltas: list[Delta]) -> bytes:
             generation.account(deltas, first)
-            data = b"".join([choices[delta.index].push(delta) for delta in deltas])
+            return b"".join([choices[delta.index].push(delta) for delta in deltas])
+
+        source.sink = request.event_sink(events_of)
+        async for deltas in source:
+            data = events_of(deltas)
             if not generation.unfinished:
                 usage = job.usage()
                 data += chunks.usage(usage) + DONE if job.with_usage else DONE
             if data:
-                await write(data, generation.unfinished > 0)
+                await request.write_events(data, generation.unfinished > 0)
 
     try:
         await together([one(number, source) for number, source in enumerate(generation.streams)])
     except TrineError as error:
-        if not job.request.started:
+        if not request.started:
             raise
-        job.request.failure = error
-        await write(error_event(error) + DONE, False)
+        request.failure = error
+        await request.write_events(error_event(error) + DONE, False)

@@ -88,6 +88,11 @@ class Generation:
         width = len(self.completion_tokens) // len(self.streams)
 
         async def one(number: int, stream: RequestStream) -> RequestOutput:
+            def counted(deltas: list[Delta]) -> bool:
+                self.account(deltas, number * width)
+                return True
+
+            stream.sink = counted
             async for deltas in stream:
                 self.account(deltas, number * width)
             return stream.state.result()
