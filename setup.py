@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent
 SOURCES = {
     "runtime.cpp": ("x86_64_v2", "x86-64-v2"),
     "pack.cpp": ("x86_64_v2", "x86-64-v2"),
+    "penalties.cpp": ("x86_64_v2", "x86-64-v2"),
     "api.cpp": ("x86_64_v2", "x86-64-v2"),
     "isa/avx2.cpp": ("haswell", "haswell"),
     "isa/avx512.cpp": ("cascadelake", "cascadelake"),

@@ -117,6 +117,15 @@ EXPORT void trine_score(const float* x, const int64_t* targets, float* largest, 
                         int64_t* top_ids, int64_t k, int64_t rows, int64_t size, int64_t stride) {
     kernels->score({x, targets, largest, total, rank, top_ids, k, rows, size, stride});
 }
+EXPORT void trine_penalise(int64_t* ids, float* occurrences, int64_t* sizes, const float* strengths,
+                           const int64_t* rows, int64_t count, int64_t capacity, float* logits, const int64_t* lines,
+                           int64_t size, int64_t stride) {
+    penalise({ids, occurrences, sizes, strengths, rows, count, capacity}, logits, lines, size, stride);
+}
+EXPORT void trine_count_tokens(int64_t* ids, float* occurrences, int64_t* sizes, const float* strengths,
+                               const int64_t* rows, int64_t count, int64_t capacity, const int64_t* tokens) {
+    count_tokens({ids, occurrences, sizes, strengths, rows, count, capacity}, tokens);
+}
 EXPORT float trine_probe_read(const void* memory, int64_t bytes) { return kernels->probe_read(memory, bytes); }
 // Returns the floating-point operations of one task of `steps` steps.
 EXPORT int64_t trine_probe_fma(int64_t tasks, int64_t steps) {

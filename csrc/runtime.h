@@ -120,6 +120,18 @@ struct ScoreArgs {
     int64_t k, rows, size, stride;
 };
 
+// The distinct tokens of penalised rows: row r's are ids[r * capacity] and the sizes[r] - 1 after it.
+struct PenaltyArgs {
+    int64_t* ids;            // [all rows, capacity]; one entry of room is needed to count a token
+    float* occurrences;      // [all rows, capacity], in the output
+    int64_t* sizes;          // [all rows]
+    const float* strengths;  // [all rows, 3]: repetition, presence and frequency penalty
+    const int64_t* rows;     // [count], those to work on
+    int64_t count, capacity;
+};
+void penalise(const PenaltyArgs& args, float* logits, const int64_t* lines, int64_t size, int64_t stride);
+void count_tokens(const PenaltyArgs& args, const int64_t* tokens);
+
 // One build of the kernels. Null entries don't exist: each build has them all.
 struct Kernels {
     const char* name;

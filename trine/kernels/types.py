@@ -20,6 +20,15 @@ class PagedBatch(Protocol):
     max_seq_len: int
 
 
+class PenaltyTable(Protocol):
+    """The part of `trine.llm.sampling.penalties.PenaltyTable` that is tensors; see there for the meaning of each."""
+
+    ids: torch.Tensor
+    occurrences: torch.Tensor
+    sizes: torch.Tensor
+    strengths: torch.Tensor
+
+
 class PackedWeight(Protocol):
     """A weight [N, K] in a back end's own layout or precision. Only the back end that made it can read it."""
 

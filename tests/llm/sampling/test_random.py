@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trine.llm.sampling.random import as_uint64, derive_seed, uniforms
+from trine.llm.sampling.random import as_uint64, uniforms
 
 
 def draws(seed: int, steps: int) -> np.ndarray:
@@ -39,10 +39,3 @@ def test_steps_and_seeds_are_uncorrelated() -> None:
     assert np.abs(np.corrcoef(table) - np.eye(20)).max() < 0.12
     lagged = np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]
     assert abs(lagged) < 0.03
-
-
-def test_sequences_of_a_request_get_different_seeds() -> None:
-    seeds = [derive_seed(seed, index) for seed in (0, 1, -5) for index in range(128)]
-    assert len(set(seeds)) == len(seeds)
-    assert derive_seed(-5, 0) == as_uint64(-5)
-    assert all(0 <= seed < 2**64 for seed in seeds)

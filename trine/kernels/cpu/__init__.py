@@ -13,12 +13,13 @@ import torch
 
 from trine.kernels.cpu.library import load
 from trine.kernels.cpu.weights import DTYPES, PackedWeight, pack_int8, pack_weight
-from trine.kernels.types import PagedBatch
+from trine.kernels.types import PagedBatch, PenaltyTable
 
 __all__ = [
     "PackedWeight",
     "add_rms_norm",
     "available",
+    "count_tokens",
     "embedding",
     "gelu",
     "isa",
@@ -29,6 +30,7 @@ __all__ = [
     "pack_int8",
     "pack_weight",
     "paged_attention",
+    "penalise",
     "prepare_qkv",
     "rms_norm",
     "sample",
@@ -50,6 +52,8 @@ if _library is not None:
     _gelu = _library.trine_gelu
     _sample = _library.trine_sample
     _score = _library.trine_score
+    _penalise = _library.trine_penalise
+    _count_tokens = _library.trine_count_tokens
     _prepare_qkv = _library.trine_prepare_qkv
     _attention = _library.trine_attention
 
@@ -310,3 +314,19 @@ def score(
     results = (largest.data_ptr(), total.data_ptr(), rank.data_ptr(), top_ids.data_ptr())
     _score(logits.data_ptr(), targets.data_ptr(), *results, k, rows, size, logits.stride(0))
     return largest, total, rank, top_ids
+
+
+def penalise(table: PenaltyTable, rows: torch.Tensor, logits: torch.Tensor, lines: torch.Tensor) -> None:
+    """Penalise the lines `lines` [P] int64 of logits [B, V] float32 in place; `rows` [P] are their rows of the table."""
+    arguments = _penalty_arguments(table, rows)
+    _penalise(*arguments, logits.data_ptr(), lines.data_ptr(), logits.shape[1], logits.stride(0))
+
+
+def count_tokens(table: PenaltyTable, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Count a token [P] int64 of each of the table's `rows` [P] int64, which have room for one entry more."""
+    _count_tokens(*_penalty_arguments(table, rows), tokens.contiguous().data_ptr())
+
+
+def _penalty_arguments(table: PenaltyTable, rows: torch.Tensor) -> tuple[int, ...]:
+    tensors = (table.ids, table.occurrences, table.sizes, table.strengths, rows)
+    return *(tensor.data_ptr() for tensor in tensors), len(rows), table.ids.shape[1]

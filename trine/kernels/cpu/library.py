@@ -28,6 +28,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "trine_gelu": (None, [c_void_p] * 2 + [c_int64, c_int, c_int]),
     "trine_sample": (None, [c_void_p] * 3 + [c_int64] * 3),
     "trine_score": (None, [c_void_p] * 6 + [c_int64] * 4),
+    "trine_penalise": (None, [*[c_void_p] * 5, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64]),
+    "trine_count_tokens": (None, [*[c_void_p] * 5, c_int64, c_int64, c_void_p]),
     "trine_probe_read": (c_float, [c_void_p, c_int64]),
     "trine_probe_fma": (c_int64, [c_int64, c_int64]),
     "trine_prepare_qkv": (None, [c_void_p] * 9 + [c_int64] * 6 + [c_float, c_int, c_int]),

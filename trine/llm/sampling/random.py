@@ -30,20 +30,8 @@ def _mix(x: UInt64Array) -> UInt64Array:
     return x ^ (x >> np.uint64(31))
 
 
-def _bits(seeds: UInt64Array, steps: UInt64Array) -> UInt64Array:
-    return _mix(_mix(seeds + _GAMMA) + (steps + np.uint64(1)) * _GAMMA)
-
-
 def uniforms(seeds: UInt64Array, steps: UInt64Array) -> npt.NDArray[np.float64]:
     """One number in [0, 1) per (seed, step), a multiple of 2**-53. Both arrays [B] uint64."""
-    result: npt.NDArray[np.float64] = (_bits(seeds, steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    bits = _mix(_mix(seeds + _GAMMA) + (steps + np.uint64(1)) * _GAMMA)
+    result: npt.NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return result
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """The seed of sequence `index` of a request with n > 1: 64 bits, the request's own seed for index 0."""
-    if index == 0:
-        return as_uint64(seed)
-    # Complemented, so that no sequence's seed is one of the numbers that the request's first sequence draws from.
-    seeds = np.array([as_uint64(~seed)], dtype=np.uint64)
-    return int(_bits(seeds, np.array([index], dtype=np.uint64))[0])
