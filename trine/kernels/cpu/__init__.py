@@ -317,7 +317,7 @@ def score(
 
 
 def penalise(table: PenaltyTable, rows: torch.Tensor, logits: torch.Tensor, lines: torch.Tensor) -> None:
-    """Penalise the lines `lines` [P] int64 of logits [B, V] float32 in place; `rows` [P] are their rows of the table."""
+    """Penalise the lines `lines` [P] int64 of logits [B, V] float32 in place; `rows` [P] are theirs in the table."""
     arguments = _penalty_arguments(table, rows)
     _penalise(*arguments, logits.data_ptr(), lines.data_ptr(), logits.shape[1], logits.stride(0))
 
