@@ -133,7 +133,7 @@ class GrammarState:
 
     def is_finished(self) -> bool:
         """Whether the output is complete and only an end-of-sequence token may follow."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def _limit_numbers(self) -> None:
         """Forbid what makes a number too long, unless the grammar allows nothing else."""
