@@ -3,9 +3,9 @@ service's CPU time a streamed token.
 
     python bench/serving_openai.py --model tiny --clients 32 --json result.json
 
-Two parts, one after the other: the engine alone (`LLM.generate` on the same prompts, in a process of its own),
-then the service with its engine process, driven by a bare client in this process. CPU time is that of the service's
-process alone: neither the engine's nor the client's.
+Rounds of two kinds take turns, so that a busy machine is equally busy for both: the engine alone (`LLM.generate` on the
+same prompts, in a process of its own), and the service with its engine process, driven by a bare client in this one.
+CPU time is that of the service's process alone: neither the engine's nor the client's.
 """
 
 from __future__ import annotations
@@ -38,18 +38,17 @@ sys.exit(serve(model, ServiceSettings(port=port, served_model_names=("bench",)),
 OFFLINE = """
 import json, sys, time
 from trine import LLM, SamplingParams
-model, options, workload = sys.argv[1], json.loads(sys.argv[2]), json.load(sys.stdin)
+model, options, workload = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.stdin.readline())
 llm = LLM(model, **options)
 prompts = [{"prompt_token_ids": ids} for ids in workload["prompts"]]
 params = SamplingParams(temperature=0, max_tokens=workload["max_tokens"], ignore_eos=True)
 llm.generate(prompts, params)
-rates = []
-for _ in range(workload["rounds"]):
+print("ready", flush=True)
+for line in sys.stdin:
     started = time.perf_counter()
     outputs = llm.generate(prompts, params)
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    rates.append(tokens / (time.perf_counter() - started))
-print(json.dumps(rates))
+    print(tokens / (time.perf_counter() - started), flush=True)
 """
 TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 
@@ -142,44 +141,72 @@ def wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit("the service ended before it was ready")
 
 
-def measure_service(args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, float]:
-    port = free_port()
-    command = [sys.executable, "-c", SERVE, args.model, str(port), args.engine_options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+class Engine:
+    """The engine alone, in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, prompts: list[list[int]]) -> None:
+        command = [sys.executable, "-c", OFFLINE, args.model, args.engine_options]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._say(json.dumps({"prompts": prompts, "max_tokens": args.max_tokens}))
+
+    def _say(self, line: str) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        return self.process.stdout.readline()
+
+    def round(self) -> float:
+        """Tokens a second."""
+        return float(self._say(""))
+
+    def stop(self) -> None:
+        self.process.communicate()
+
+
+class Service:
+    """The service with its engine."""
+
+    def __init__(self, args: argparse.Namespace, prompts: list[list[int]]) -> None:
+        self.port, self.prompts, self.max_tokens = free_port(), prompts, args.max_tokens
+        command = [sys.executable, "-c", SERVE, args.model, str(self.port), args.engine_options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_ready(self.port, self.process)
+        self.watched = psutil.Process(self.process.pid)
+        self.round()
+
+    def round(self) -> dict[str, float]:
+        before = self.watched.cpu_times()
+        results, seconds = uvloop.run(stream_all(self.port, self.prompts, self.max_tokens))
+        after = self.watched.cpu_times()
+        tokens = sum(result.tokens for result in results)
+        assert tokens == len(self.prompts) * self.max_tokens, tokens
+        return {
+            "tokens_per_second": tokens / seconds,
+            "cpu_us_per_token": (after.user + after.system - before.user - before.system) / tokens * 1e6,
+            "of_which_in_the_kernel": (after.system - before.system) / tokens * 1e6,
+            "time_to_first_token": median([result.first for result in results]),
+            "events_per_token": sum(result.chunks for result in results) / tokens,
+        }
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+def measure(args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, float]:
+    """Medians over the rounds, and the median of the ratios of neighbouring rounds."""
+    engine, service = Engine(args, prompts), Service(args, prompts)
+    rounds = []
     try:
-        wait_ready(port, process)
-        watched = psutil.Process(process.pid)
-        run = lambda: uvloop.run(stream_all(port, prompts, args.max_tokens))  # noqa: E731
-        run()
-        rates, costs, kernel, firsts, chunks = [], [], [], [], []
         for _ in range(args.rounds):
-            before = watched.cpu_times()
-            results, seconds = run()
-            after = watched.cpu_times()
-            tokens = sum(result.tokens for result in results)
-            assert tokens == len(prompts) * args.max_tokens, tokens
-            rates.append(tokens / seconds)
-            costs.append((after.user + after.system - before.user - before.system) / tokens * 1e6)
-            kernel.append((after.system - before.system) / tokens * 1e6)
-            firsts.append(sorted(result.first for result in results)[len(results) // 2])
-            chunks.append(sum(result.chunks for result in results) / tokens)
+            offline = engine.round()
+            figures = service.round()
+            share = figures["tokens_per_second"] / offline
+            rounds.append({"offline_tokens_per_second": offline, **figures, "share_of_offline": share})
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-    return {
-        "tokens_per_second": median(rates),
-        "cpu_us_per_token": median(costs),
-        "of_which_in_the_kernel": median(kernel),
-        "time_to_first_token": median(firsts),
-        "events_per_token": median(chunks),
-    }
-
-
-def measure_offline(args: argparse.Namespace, prompts: list[list[int]]) -> float:
-    workload = json.dumps({"prompts": prompts, "max_tokens": args.max_tokens, "rounds": args.rounds})
-    command = [sys.executable, "-c", OFFLINE, args.model, args.engine_options]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, input=workload.encode()).stdout
-    return median(json.loads(output.splitlines()[-1]))
+        engine.stop()
+        service.stop()
+    return {name: median([figures[name] for figures in rounds]) for name in rounds[0]}
 
 
 def median(values: list[float]) -> float:
@@ -193,13 +220,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args()
     prompts = [[3 + (7 * c + 13 * i) % 250 for i in range(args.prompt_tokens)] for c in range(args.clients)]
-    offline = measure_offline(args, prompts)
-    figures = {"offline_tokens_per_second": offline, **measure_service(args, prompts)}
-    figures["share_of_offline"] = figures["tokens_per_second"] / offline
+    figures = measure(args, prompts)
     for name, value in figures.items():
         print(f"{name:>28} {value:12.3f}")
     if args.json:
