@@ -95,6 +95,7 @@ class GrammarState:
         self._vocabulary = grammar.vocabulary
         self._shortest = grammar.shortest
         self._mask: npt.NDArray[np.int32] = np.zeros(-(-len(grammar.vocabulary.tokens) // 32), dtype=np.int32)
+        self._mask_address = self._mask.ctypes.data
         self._text = JsonText() if grammar.holds_json else None
         self._end: list[int] = []  # tokens still to write on the way to the end, last first
         self._next_check: int | None = None
@@ -117,7 +118,7 @@ class GrammarState:
             self._mask[:] = 0
             self._mask[self._end[-1] // 32] = np.left_shift(np.int32(1), self._end[-1] % 32)
         else:
-            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            self._matcher.unsafe_compute_mask_ptr(self._mask_address, self._mask.nbytes)
             self._limit_numbers()
         words = min(len(row), len(self._mask))
         row[:words] = self._mask[:words]
