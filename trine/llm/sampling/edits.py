@@ -64,6 +64,7 @@ class LogitEdits:
         phrases = [word for word in bad_words_token_ids if len(word) > 1]
         bias = {token: value for token, value in {**params.logit_bias, **single}.items() if token < self._vocab_size}
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
+        ends = {token for token in ends if token < self._vocab_size}  # a tokenizer may know more than the model
         edits = _RowEdits(
             penalised=penalised,
             bias=(upload(list(bias), self._device), upload(list(bias.values()), self._device, torch.float32))

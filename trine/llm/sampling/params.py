@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,7 @@ class SamplingParams:
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 1e4, "above 0; 1 is off"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "from -2 to 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "from -2 to 2"),
+            ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite numbers by token id"),
             ("min_tokens", self.min_tokens >= 0, "0 or more"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
             (
