@@ -183,9 +183,10 @@ class Scheduler:
             token = tokens[position]
             if token < 0:
                 self._finish(sequence, "error")
-                outputs.append(
-                    self._output(sequence, [], None, error="the model's logits hold NaN: no token can be sampled")
-                )
+                why = "no token can be sampled: the logits hold NaN or infinity"
+                if sequence.grammar is not None:
+                    why += ", or the grammar allows none here"
+                outputs.append(self._output(sequence, [], None, error=why))
                 continue
             sequence.tokens.append(token)
             self.stats.generated_tokens += 1
