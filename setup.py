@@ -25,6 +25,7 @@ SOURCES = {
     "runtime.cpp": ("x86_64_v2", "x86-64-v2"),
     "pack.cpp": ("x86_64_v2", "x86-64-v2"),
     "penalties.cpp": ("x86_64_v2", "x86-64-v2"),
+    "decoder.cpp": ("x86_64_v2", "x86-64-v2"),
     "api.cpp": ("x86_64_v2", "x86-64-v2"),
     "isa/avx2.cpp": ("haswell", "haswell"),
     "isa/avx512.cpp": ("cascadelake", "cascadelake"),

@@ -97,8 +97,12 @@ EXPORT void trine_linear(const Weight* weight, const void* x, const void* bias, 
     kernels->linear({weight, x, bias, out, rows, x_stride, static_cast<DType>(x_dtype), static_cast<DType>(out_dtype),
                      silu_mul != 0});
 }
-EXPORT void trine_embedding(const Weight* weight, const int64_t* ids, void* out, int64_t rows, int out_dtype) {
+// -1 and nothing done when an id is not a row of the weight.
+EXPORT int trine_embedding(const Weight* weight, const int64_t* ids, void* out, int64_t rows, int out_dtype) {
+    for (int64_t i = 0; i < rows; ++i)
+        if (ids[i] < 0 || ids[i] >= weight->n) return -1;
     kernels->embedding(*weight, ids, out, rows, static_cast<DType>(out_dtype));
+    return 0;
 }
 EXPORT void trine_norm(const void* x, void* residual, const void* weight, const void* bias, void* y, int64_t rows,
                        int64_t size, float eps, int dtype) {
@@ -149,3 +153,5 @@ EXPORT void trine_attention(const void* q, const void* k_cache, const void* v_ca
                         heads, kv_heads, head_dim, block_size, window, scale, static_cast<DType>(dtype),
                         static_cast<DType>(cache_dtype)});
 }
+// `args` is a DecoderArgs, laid out as trine/kernels/cpu/decoder.py has it.
+EXPORT void trine_decoder(const DecoderArgs* args) { run_decoder(*kernels, *args); }

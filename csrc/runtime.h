@@ -41,7 +41,7 @@ int num_threads();
 void set_num_threads(int count);
 
 // 64-byte aligned memory of the calling thread, kept between calls; contents are lost when it grows.
-enum ScratchSlot { SCRATCH_INPUT, SCRATCH_ACCUMULATOR, SCRATCH_ATTENTION, SCRATCH_PARTIAL, SCRATCH_SLOTS };
+enum ScratchSlot { SCRATCH_INPUT, SCRATCH_ACCUMULATOR, SCRATCH_ATTENTION, SCRATCH_PARTIAL, SCRATCH_DECODER, SCRATCH_SLOTS };
 void* scratch(ScratchSlot slot, size_t bytes);
 
 void* allocate_pages(size_t bytes);  // zeroed, with huge pages where the system gives them; null when out of memory
@@ -149,5 +149,35 @@ struct Kernels {
     float (*probe_fma)(int64_t tasks, int64_t steps);
     int vector_width;
 };
+
+// One layer of a decoder of the Llama kind. Null: no such bias, no norm of heads.
+struct DecoderLayer {
+    const Weight *qkv, *output, *gate_up, *down;
+    const void *qkv_bias, *output_bias, *gate_up_bias, *down_bias;
+    const void *input_norm, *post_norm, *q_norm, *k_norm;
+    void *k_cache, *v_cache;
+    int64_t window;
+};
+
+struct DecoderArgs {
+    const DecoderLayer* layers;
+    int64_t count;
+    const void* final_norm;
+    char* residual;  // [tokens, hidden]: the embeddings; overwritten
+    void* out;       // [tokens, hidden], or [output_count, hidden]: the last layer's normed hidden states
+    const int64_t* output_rows;  // ascending
+    int64_t output_count;        // -1: all rows
+    const int64_t* positions;
+    const int64_t* slots;
+    const float* cos_sin;
+    const int32_t* query_start;
+    const int32_t* seq_lens;
+    const int32_t* block_table;
+    int64_t tokens, sequences, block_table_stride, hidden, heads, kv_heads, head_dim, rotary_dim, block_size;
+    float eps, scale;
+    DType dtype, cache_dtype;
+};
+
+void run_decoder(const Kernels& kernels, const DecoderArgs& args);
 
 }  // namespace trine

@@ -181,6 +181,7 @@ INLINE int64_t amx_rows_per_task(int64_t k) {
 }
 
 static void linear_amx(const LinearArgs& args) {
+    if (args.rows == 0) return;
     const Bf16Rows x = bf16_rows(args);
     LinearJob job(args, 0, args.rows, 2 * TILE_ROWS, amx_rows_per_task(args.weight->k_padded));
     job.x = &x;

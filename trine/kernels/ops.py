@@ -8,7 +8,7 @@ environment takes the reference everywhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -18,7 +18,7 @@ from typing import Literal, cast
 import torch
 
 from trine.kernels import reference
-from trine.kernels.types import Backend, PackedWeight, PagedBatch, Weight
+from trine.kernels.types import Backend, DecoderLayer, PackedWeight, PagedBatch, Weight
 
 _reference_only = os.environ.get("TRINE_KERNELS", "") == "reference"
 
@@ -206,3 +206,24 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of q [T, Hq, D] over the paged cache, window included: [T, Hq * D]."""
     return _of(q).paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
+
+
+def decoder(
+    layers: Sequence[DecoderLayer],
+    final_norm: torch.Tensor,
+    *,
+    eps: float,
+    num_heads: int,
+    scale: float,
+    cos_sin: torch.Tensor | None,
+) -> Callable[[torch.Tensor, PagedBatch], torch.Tensor] | None:
+    """The whole stack as one call, where the back end has such: from embeddings [T, H], which it overwrites, to normed
+    hidden states of all tokens or of `batch.output_rows`. None where layers run one by one.
+    """
+    native = None if final_norm.is_cuda else _native()
+    if native is None or not native.can_run(layers, final_norm):
+        return None
+    return cast(
+        Callable[[torch.Tensor, PagedBatch], torch.Tensor],
+        native.Decoder(layers, final_norm, eps=eps, num_heads=num_heads, scale=scale, cos_sin=cos_sin),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +19,7 @@ class PagedBatch(Protocol):
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    output_rows: torch.Tensor | None
 
 
 class PenaltyTable(Protocol):
@@ -40,6 +42,27 @@ class PackedWeight(Protocol):
 
 
 Weight = torch.Tensor | PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer of a decoder of the Llama kind: fused projections, norms, its cache. Biases and head norms may be none."""
+
+    qkv: Weight
+    output: Weight
+    gate_up: Weight
+    down: Weight
+    qkv_bias: torch.Tensor | None
+    output_bias: torch.Tensor | None
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    sliding_window: int | None
 
 
 class Backend(Protocol):

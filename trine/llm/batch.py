@@ -20,6 +20,8 @@ class Batch:
     seq_lens      [S] int32: length of each sequence including its new tokens
     block_table   [S, max_blocks] int32: cache blocks of each sequence, in order; entries past its length are arbitrary
                   but valid block numbers
+    output_rows   [R] int64, ascending: the tokens whose hidden states are wanted, if not all are. A model may return
+                  those R rows alone, or all T
     """
 
     positions: torch.Tensor
@@ -30,6 +32,7 @@ class Batch:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    output_rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,7 @@ class Worker:
             num_decodes=step.num_decodes,
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
+            output_rows=None if step.prompt_targets else self._to_device(self._ends[step.sampled].astype(np.int64)),
         )
         return self._token_ids(step, rows, num_tokens), batch
 

@@ -98,9 +98,11 @@ def test_packing_is_exact_and_rows_can_be_gathered(native: str, dtype: torch.dty
     assert cpu.embedding(torch.tensor([], dtype=torch.int64), packed, dtype).shape == (0, 128)
 
 
-def test_no_rows(native: str) -> None:
-    weight, _ = weights(40, 24, torch.float32)
-    assert cpu.linear(torch.empty(0, 24), cpu.pack_weight(weight)).shape == (0, 40)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows(native: str, dtype: torch.dtype) -> None:
+    weight, _ = weights(40, 24, dtype)
+    for packed in (cpu.pack_weight(weight), cpu.pack_int8(weight)):
+        assert cpu.linear(torch.empty(0, 24, dtype=dtype), packed).shape == (0, 40)
 
 
 @pytest.mark.parametrize("group", [64, 128])

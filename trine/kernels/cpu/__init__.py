@@ -11,14 +11,17 @@ from typing import Literal
 
 import torch
 
+from trine.kernels.cpu.decoder import Decoder, can_run
 from trine.kernels.cpu.library import load
 from trine.kernels.cpu.weights import DTYPES, PackedWeight, pack_int8, pack_weight
 from trine.kernels.types import PagedBatch, PenaltyTable
 
 __all__ = [
+    "Decoder",
     "PackedWeight",
     "add_rms_norm",
     "available",
+    "can_run",
     "count_tokens",
     "embedding",
     "gelu",
@@ -141,12 +144,10 @@ def embedding(token_ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype)
     """Rows `token_ids` [T] int64 of weight [V, H], as [T, H] in `dtype`. An index out of range is an IndexError."""
     token_ids = token_ids.contiguous()
     count = token_ids.shape[0]
-    if count:
-        low, high = torch.aminmax(token_ids)
-        if low < 0 or high >= weight.rows:
-            raise IndexError(f"token ids from {int(low)} to {int(high)} in a table of {weight.rows} rows")
     out = torch.empty((count, weight.columns), dtype=dtype)
-    _embedding(weight.handle, token_ids.data_ptr(), out.data_ptr(), count, DTYPES[dtype])
+    if _embedding(weight.handle, token_ids.data_ptr(), out.data_ptr(), count, DTYPES[dtype]) != 0:
+        low, high = int(token_ids.min()), int(token_ids.max())
+        raise IndexError(f"token ids from {low} to {high} in a table of {weight.rows} rows")
     return out
 
 

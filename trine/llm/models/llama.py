@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from trine.kernels import ops, types
 from trine.llm.batch import Batch
 from trine.llm.config import ModelConfig
 from trine.llm.layers.attention import Attention
@@ -95,6 +97,27 @@ class DecoderLayer(Layer):
         x = self.post_attention_layernorm.add(self.self_attn(x, batch), residual)
         return self.mlp(x)
 
+    def as_operation(self) -> types.DecoderLayer:
+        """The same for a back end that runs a whole stack of layers at once."""
+        attention, mlp = self.self_attn, self.mlp
+        return types.DecoderLayer(
+            qkv=attention.qkv_proj.weight,
+            output=attention.o_proj.weight,
+            gate_up=mlp.gate_up_proj.weight,
+            down=mlp.down_proj.weight,
+            qkv_bias=attention.qkv_proj.bias,
+            output_bias=attention.o_proj.bias,
+            gate_up_bias=mlp.gate_up_proj.bias,
+            down_bias=mlp.down_proj.bias,
+            input_norm=self.input_layernorm.weight,
+            post_norm=self.post_attention_layernorm.weight,
+            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
+            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            k_cache=attention.k_cache,
+            v_cache=attention.v_cache,
+            sliding_window=attention.cache_spec.sliding_window,
+        )
+
 
 class LlamaForCausalLM(CausalLM):
     """The decoder. Subclasses say how their family differs."""
@@ -129,13 +152,29 @@ class LlamaForCausalLM(CausalLM):
             DecoderLayer(config, build, options, window, cos_sin) for window in config.layer_windows
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
+        self.stack: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
 
     @staticmethod
     def options(config: ModelConfig) -> BlockOptions:
         return BlockOptions(config.attention_bias, config.attention_bias, config.mlp_bias)
 
+    def bind_cache(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().bind_cache(caches)
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        attention = layers[0].self_attn
+        self.stack = ops.decoder(
+            [layer.as_operation() for layer in layers],
+            self.norm.weight,
+            eps=self.norm.eps,
+            num_heads=attention.num_heads,
+            scale=attention.scale,
+            cos_sin=attention.cos_sin,
+        )
+
     def forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         residual = self.embed_tokens(token_ids)
+        if self.stack is not None:
+            return self.stack(residual, batch)
         x: torch.Tensor | None = None
         for layer in self.layers:
             x = layer(x, residual, batch)
