@@ -17,11 +17,12 @@ MAY_IMPORT = {
     "core": set(),
     "kernels": {"core"},
     "llm": {"kernels", "core"},
-    "service": {"llm", "kernels", "core"},
+    "server": {"llm", "kernels", "core"},
+    "service": {"server", "llm", "kernels", "core"},
     "evaluation": {"llm", "core"},
     "benchmark": {"llm", "core"},
     "diagnostics": {"llm", "kernels", "core"},
-    "cli": {"service", "evaluation", "benchmark", "diagnostics", "llm", "kernels", "core"},
+    "cli": {"service", "server", "evaluation", "benchmark", "diagnostics", "llm", "kernels", "core"},
 }
 """Each part of the package, and the parts that it may import (besides itself)."""
 

@@ -1,0 +1,77 @@
+"""What a back end is: a framework that loads a model's files and computes.
+
+`load` gives a `BackendModel` (weights, what instances share); `instance` gives one that computes on one device, called
+by one thread at a time. Third parties register a `Backend` under the entry point group `trine.backends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from trine.server.request import InferRequest, InferResponse
+from trine.server.tensors import Array
+
+ModelConfig = Any
+"""The protobuf message inference.ModelConfig, checked and completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where a version lies: `directory` of the model (config.pbtxt, labels), `version_directory` of its files."""
+
+    directory: Path
+    version_directory: Path
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where an instance computes."""
+
+    kind: str  # "cpu" | "cuda"
+    index: int = 0
+
+
+Respond = Callable[[InferRequest, InferResponse], None]
+"""Hands a response over from any thread; it reaches `request.respond` in the event loop's."""
+
+
+class BatchInstance(Protocol):
+    """Computes on whole tensors: the scheduler puts a batch together once and cuts the answer apart once."""
+
+    def execute(self, inputs: dict[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """The batch (first dimension: rows) to the named outputs. ServerError: for the whole batch."""
+
+    def close(self) -> None: ...
+
+
+class RequestInstance(Protocol):
+    """Computes on requests: sees parameters and sequence flags, may answer each any number of times, now or later."""
+
+    def execute_requests(self, requests: list[InferRequest], respond: Respond) -> None:
+        """Returns when it can take the next batch; every request gets its final response, then or later."""
+
+    def close(self) -> None: ...
+
+
+class BackendModel(Protocol):
+    """A loaded model."""
+
+    def instance(self, device: Device, index: int) -> BatchInstance | RequestInstance: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A framework."""
+
+    name: str
+
+    def complete(self, config: ModelConfig, files: ModelFiles) -> None:
+        """Fill what the configuration leaves out (inputs, outputs, batching) from the model's files, in place."""
+
+    def load(self, config: ModelConfig, files: ModelFiles) -> BackendModel:
+        """Raises ModelLoadError, naming the file and the remedy."""
