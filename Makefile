@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard trine/kernels/cpu/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fast lint types format docs docs-serve bench doctor clean
+.PHONY: help serve test test-fast lint types format proto docs docs-serve bench doctor clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ types: $(BIN)/.dev  ## mypy, strict
 format: $(BIN)/.dev  ## Rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: $(BIN)/.test  ## Compile the server's protobuf messages
+	cd trine/server/proto && $(abspath $(BIN))/python -m grpc_tools.protoc -I. --descriptor_set_out=descriptors.binpb *.proto
 
 docs: $(BIN)/.docs  ## The book, into site/
 	$(BIN)/mkdocs build --strict
