@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trine.core.metrics import Registry
 from trine.server.request import InferRequest, InferResponse
 from trine.server.tensors import Array
 
@@ -57,12 +58,49 @@ class RequestInstance(Protocol):
     def close(self) -> None: ...
 
 
+class AsyncInstance(Protocol):
+    """Computes in another process, or is asynchronous itself: every method is called in the event loop's thread.
+
+    It has no thread of its own, so a request's way to another process and back holds no hop between threads.
+    """
+
+    async def start(self) -> None:
+        """Called once, before anything else. Raises ModelLoadError."""
+
+    def begin(self, requests: list[InferRequest], done: Callable[[], None]) -> None:
+        """Begin a batch and return at once. Each request is answered through its `respond`, now or later.
+
+        `done` is called when the next batch may come: after the batch, or at once (even before `begin` returns) where
+        any number run side by side. It also sets the requests' compute times.
+        """
+
+    async def is_ready(self) -> bool:
+        """Whether it would serve a request now; must answer within seconds."""
+
+    async def close(self) -> None:
+        """Let running batches finish, then release everything."""
+
+
 class BackendModel(Protocol):
     """A loaded model."""
 
-    def instance(self, device: Device, index: int) -> BatchInstance | RequestInstance: ...
+    def instance(self, device: Device, index: int) -> BatchInstance | RequestInstance | AsyncInstance: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a back end may use of its server: `Backend` classes are made with it.
+
+    repository  other models, for back ends whose models call them (a Repository)
+    metrics     where models may add metrics of their own
+    options     `--backend-config=NAME,KEY=VALUE` of this back end
+    """
+
+    repository: Any
+    metrics: Registry
+    options: dict[str, str]
 
 
 class Backend(Protocol):
