@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from trine.kernels import cpu
-from trine.kernels.cpu.library import load
+from trine.kernels.cpu.native import load
 
 # Qwen2.5-0.5B: name, N, K, gate and up fused.
 LINEARS = (

@@ -268,6 +268,15 @@ def test_end_of_sequence_comes_from_the_generation_config(llama: Path) -> None:
     assert ModelConfig.from_directory(llama).eos_token_ids == ()
 
 
+def test_advised_sampling_comes_from_the_generation_config(llama: Path) -> None:
+    assert ModelConfig.from_directory(llama).sampling_defaults == {}
+    (llama / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "min_p": null, "max_length": 9}')
+    assert ModelConfig.from_directory(llama).sampling_defaults == {"temperature": 0.6, "top_k": 20}
+    (llama / "generation_config.json").write_text('{"temperature": "warm"}')
+    with pytest.raises(ModelLoadError, match=r"generation_config.json: temperature='warm', expected a number"):
+        ModelConfig.from_directory(llama)
+
+
 def test_dtype_by_both_names_and_by_choice(llama: Path) -> None:
     reconfigure(llama, dtype="float16")
     assert ModelConfig.from_directory(llama).dtype == torch.float16

@@ -41,7 +41,9 @@ Start = Callable[..., Awaitable[Running]]
 
 @asynccontextmanager
 async def running(checkpoint: Path, settings: ServiceSettings, options: dict[str, Any]) -> AsyncIterator[Running]:
-    engine = AsyncLLM(checkpoint, dtype="float32", **{"engine_process": False, "threads": 1, **options})
+    engine = AsyncLLM(
+        options.pop("model", checkpoint), dtype="float32", **{"engine_process": False, "threads": 1, **options}
+    )
     app = create_app(engine, settings=settings)
     listener = listen("127.0.0.1", 0)
     server = HttpServer(app)

@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -78,6 +80,21 @@ async def test_hanging_up_stops_the_work(start: Start, stream: bool) -> None:
     before = service.engine.stats.generated_tokens
     await service.post("/v1/completions", SHORT)
     assert service.engine.stats.generated_tokens < before + 50
+
+
+async def test_the_checkpoint_advises_how_to_sample(start: Start, checkpoint: Path, tmp_path: Path) -> None:
+    advised = shutil.copytree(checkpoint, tmp_path / "advised")
+    (advised / "generation_config.json").write_text('{"temperature": 0.0}')
+    service = await start(model=advised)
+
+    async def text(**fields: Any) -> str:
+        body = {"model": "small", "prompt": "abc", "max_tokens": 12, "ignore_eos": True, **fields}
+        answer = await service.post("/v1/completions", body)
+        return str(answer.json()["choices"][0]["text"])
+
+    greedy = await text(temperature=0)
+    assert [await text() for _ in range(3)] == [greedy] * 3
+    assert {await text(temperature=5.0) for _ in range(3)} != {greedy}
 
 
 async def test_before_the_engine_is_ready(start: Start) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from trine.cli.options import MODEL_HELP, add_engine_options, engine_options, positive
+from trine.cli.options import MODEL_HELP, add_engine_options, engine_options, positive, size
 
 USAGE = "MODEL [options]"
 
@@ -72,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=positive, metavar="N", help="requests queued before new ones are refused with 429"
     )
     service.add_argument(
+        "--max-body-size",
+        type=size,
+        default="32MiB",
+        metavar="SIZE",
+        help="largest request body, for example 64MiB (default: 32MiB)",
+    )
+    service.add_argument(
         "--drain-timeout",
         type=float,
         default=30.0,
@@ -107,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         embedding_model=args.embedding_model,
         api_keys=tuple(args.api_key) or ((environment_key,) if environment_key else ()),
         cors_origins=tuple(args.cors_origin),
+        max_body_bytes=args.max_body_size,
         drain_timeout=args.drain_timeout,
         tool_parser=args.tool_parser,
         reasoning_parser=args.reasoning_parser,

@@ -65,7 +65,7 @@ class LLM:
         """
         one = isinstance(prompts, str | dict)
         every: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item,assignment]
-        params = sampling_params if sampling_params is not None else SamplingParams()
+        params = sampling_params if sampling_params is not None else SamplingParams(**self.info.sampling_defaults)
         each = [params] * len(every) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(every):
             raise RequestError(f"sampling_params: got {len(each)} for {len(every)} prompts: give one, or one for each")

@@ -104,6 +104,7 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         num_blocks=plan.num_blocks,
         block_size=options.block_size,
         eos_token_ids=config.eos_token_ids,
+        sampling_defaults=config.sampling_defaults,
         summary=summary,
     )
     return core, info

@@ -43,6 +43,7 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: dict[str, Any]
     summary: tuple[str, ...]
 
 

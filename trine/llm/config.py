@@ -16,6 +16,9 @@ Json = dict[str, Any]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What is taken from generation_config.json besides the end-of-sequence tokens."""
+
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -30,8 +33,25 @@ _FAMILY_DEFAULTS: Mapping[str, Json] = {
     },
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 8,
+    },
 }
 """What a family means by a key that config.json leaves out, where that is not the same for all."""
 
@@ -43,8 +63,9 @@ _ALIASES = {
     "intermediate_size": "n_inner",
     "rms_norm_eps": "layer_norm_epsilon",
     "hidden_act": "activation_function",
+    "num_local_experts": "num_experts",
 }
-"""GPT-2's names for common keys."""
+"""Other names for common keys: GPT-2's, and Qwen's before Transformers 5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +84,27 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts: `top_k` of `count` gated MLPs of `intermediate_size` compute each token.
+
+    `normalize`: the chosen experts' weights are made to add up to one. `dense_layers` have an ordinary MLP instead.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    normalize: bool
+    dense_layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The facts of a checkpoint. `hf` is config.json as it was read, for what only one family needs.
 
     `layer_windows` has each layer's sliding window (None: full attention); `sliding_window` is the window if any layer
     has one. `max_model_len` is the longest context that the positions allow. `eos_token_ids` come from
-    generation_config.json where that has them, as in Transformers' `generate`.
+    generation_config.json where that has them, as in Transformers' `generate`; so do `sampling_defaults`, the values of
+    `SamplingParams` that the checkpoint's authors advise.
     """
 
     architecture: str
@@ -84,12 +120,14 @@ class ModelConfig:
     norm_eps: float
     activation: str
     rope: RopeConfig | None
+    experts: ExpertsConfig | None
     layer_windows: tuple[int | None, ...]
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: dict[str, Any]
     dtype: torch.dtype
     hf: Json = field(repr=False, compare=False)
 
@@ -143,12 +181,14 @@ class ModelConfig:
             norm_eps=float(facts.get("rms_norm_eps", facts.get("layer_norm_eps", 1e-6))),
             activation=str(facts.get("hidden_act", "silu")),
             rope=rope,
+            experts=_experts(facts, num_layers) if facts.model_type in ("mixtral", "qwen3_moe") else None,
             layer_windows=_layer_windows(facts, num_layers),
             tie_word_embeddings=bool(facts.get("tie_word_embeddings", False)),
             attention_bias=bool(facts.get("attention_bias", False)),
             mlp_bias=bool(facts.get("mlp_bias", False)),
             bos_token_id=facts.optional_integer("bos_token_id"),
             eos_token_ids=_token_ids((generation or {}).get("eos_token_id"), facts.get("eos_token_id")),
+            sampling_defaults=_sampling_defaults(generation or {}, Path(source).with_name("generation_config.json")),
             dtype=_dtype(facts),
             hf=hf,
         )
@@ -238,6 +278,17 @@ def _token_ids(*choices: int | list[int] | None) -> tuple[int, ...]:
     return ()
 
 
+def _sampling_defaults(generation: Json, source: Path) -> Json:
+    """The advised sampling parameters. Without `do_sample` Transformers itself decodes greedily, and the values stand
+    for when it does not; a server samples unless it is told otherwise, so they count either way.
+    """
+    found = {name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ModelLoadError(f"{source}: {name}={value!r}, expected a number")
+    return found
+
+
 def _dtype(facts: _Facts) -> torch.dtype:
     """torch_dtype (or dtype, its name since Transformers 5); float32 when neither is there."""
     name = facts.get("dtype") or facts.get("torch_dtype") or "float32"
@@ -250,8 +301,10 @@ def _dtype(facts: _Facts) -> torch.dtype:
 def _layer_windows(facts: _Facts, num_layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window. Mistral: the same for all; Qwen: layer_types, else from max_window_layers on."""
     window = facts.optional_integer("sliding_window")
-    if facts.model_type == "mistral":
+    if facts.model_type in ("mistral", "mixtral"):
         return (window,) * num_layers
+    if facts.model_type == "qwen3_moe":
+        return (window if facts.get("use_sliding_window", False) else None,) * num_layers
     if facts.model_type not in ("qwen2", "qwen3") or not facts.get("use_sliding_window", False):
         return (None,) * num_layers
     kinds = facts.get("layer_types")
@@ -261,6 +314,22 @@ def _layer_windows(facts: _Facts, num_layers: int) -> tuple[int | None, ...]:
     if len(kinds) != num_layers:
         raise ModelLoadError(f"{facts.source}: layer_types has {len(kinds)} entries for {num_layers} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _experts(facts: _Facts, num_layers: int) -> ExpertsConfig:
+    """Mixture-of-experts settings. Layer i is dense if `mlp_only_layers` lists it or decoder_sparse_step skips it."""
+    count, top_k = facts.integer("num_local_experts"), facts.integer("num_experts_per_tok")
+    if top_k > count:
+        raise ModelLoadError(f"{facts.source}: num_experts_per_tok={top_k}, but there are {count} experts")
+    dense = set(facts.get("mlp_only_layers") or [])
+    step = facts.optional_integer("decoder_sparse_step") or 1
+    return ExpertsConfig(
+        count=count,
+        top_k=top_k,
+        intermediate_size=facts.optional_integer("moe_intermediate_size") or facts.integer("intermediate_size"),
+        normalize=bool(facts.get("norm_topk_prob", False)),
+        dense_layers=frozenset(i for i in range(num_layers) if i in dense or (i + 1) % step),
+    )
 
 
 def _rope(facts: _Facts, head_dim: int, position_limit: int) -> RopeConfig:

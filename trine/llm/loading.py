@@ -11,9 +11,9 @@ from torch import nn
 
 from trine.core.errors import ModelLoadError
 from trine.llm.checkpoint import Checkpoint, StoredTensor, few
-from trine.llm.config import ModelConfig
+from trine.llm.config import ModelConfig, read_json
 from trine.llm.layers.module import WeightedModule, WeightKey
-from trine.llm.models import decoder_class
+from trine.llm.models import ENCODERS, decoder_class
 from trine.llm.models.base import Build, CausalLM, CheckpointNames
 from trine.llm.quantization import linear_method
 
@@ -48,7 +48,16 @@ def resolve_model(name_or_dir: str | Path) -> Path:
     return _download(name)
 
 
-def _download(name: str) -> Path:
+def is_encoder(name_or_dir: str | Path) -> bool:
+    """Whether a model computes embeddings, by config.json, which alone is downloaded for it. Raises ModelLoadError."""
+    name = str(name_or_dir)
+    local = name in EMBEDDED or Path(name).expanduser().exists()
+    directory = resolve_model(name) if local else _download(name, ["config.json"])
+    config = read_json(directory / "config.json") or {}
+    return bool(set(config.get("architectures") or ()) & set(ENCODERS))
+
+
+def _download(name: str, patterns: list[str] = HUB_FILES) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -57,7 +66,7 @@ def _download(name: str) -> Path:
             "pip install huggingface_hub, or give a directory"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the client raises many kinds: no such name, no access, no network
         reason = str(error).strip().splitlines()[0]
         raise ModelLoadError(

@@ -10,13 +10,11 @@ import asyncio
 import contextlib
 import errno
 import gc
-import json
 import logging
 import signal
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -44,15 +42,17 @@ def serve(
 ) -> int:
     """Serve `model` (None: only settings.embedding_model) until a signal; returns the exit code.
 
-    engine_options: those of `EngineOptions`. An encoder's directory is served for embeddings. Raises TrineErrors: a
-    port in use, a model that can't be loaded.
+    engine_options: those of `EngineOptions`. An encoder is served for embeddings. Raises TrineErrors: a port in use, a
+    model that can't be loaded.
     """
-    if model is not None and settings.embedding_model is None and is_encoder(model):
-        model, settings = None, replace(settings, embedding_model=model)
+    from trine.llm.loading import is_encoder
+
     with (
         contextlib.closing(listen(settings.host, settings.port)) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
+        if model is not None and settings.embedding_model is None and is_encoder(model):
+            model, settings = None, replace(settings, embedding_model=model)
         return runner.run(_serve(model, settings, dict(engine_options or {}), engine_process, listener))
 
 
@@ -129,17 +129,6 @@ async def _load(app: Application, listener: socket.socket) -> None:
         await service.engine.start()
     _settle_memory()
     print(banner(service, listener.getsockname()[1]), flush=True)
-
-
-def is_encoder(model: str) -> bool:
-    """Whether `model` is a directory whose config.json names an architecture that computes embeddings."""
-    from trine.llm.models import ENCODERS
-
-    try:
-        config = json.loads((Path(model).expanduser() / "config.json").read_bytes())
-        return bool(set(config["architectures"]) & set(ENCODERS))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # whoever loads it says what is wrong
 
 
 def _settle_memory() -> None:

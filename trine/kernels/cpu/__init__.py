@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from trine.kernels.cpu.decoder import Decoder, can_run
-from trine.kernels.cpu.library import load
+from trine.kernels.cpu.native import load
 from trine.kernels.cpu.weights import DTYPES, PackedWeight, pack_int8, pack_weight
 from trine.kernels.types import PagedBatch, PenaltyTable
 

@@ -8,7 +8,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-from trine.kernels.cpu.library import load
+from trine.kernels.cpu.native import load
 from trine.kernels.cpu.weights import DTYPES, PackedWeight
 from trine.kernels.types import DecoderLayer, PagedBatch
 

@@ -8,7 +8,7 @@ import weakref
 import torch
 
 from trine.core.errors import InsufficientMemoryError
-from trine.kernels.cpu.library import load
+from trine.kernels.cpu.native import load
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 GROUP = 128  # neighbours in k that share a scale of an int8 weight

@@ -122,6 +122,7 @@ async def prepare(service: Service, request: Request, body: ChatRequest) -> Job:
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         guided=guided,
+        defaults=engine.info.sampling_defaults,
     )
     if format_.needs_special_tokens:
         params = params.replace(skip_special_tokens=False)

@@ -116,6 +116,7 @@ async def prepare(service: Service, request: Request, body: CompletionRequest) -
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         guided=guided_params(body, body.response_format),
+        defaults=engine.info.sampling_defaults,
     )
     inputs = split_prompts(body.prompt, "prompt")
     if len(inputs) > MAX_PROMPTS:

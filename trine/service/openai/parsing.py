@@ -96,7 +96,7 @@ def output_format(
 ) -> OutputFormat:
     """How to read what the model will write. RequestError for tools that can't be offered, or called as asked."""
     template = tokenizer.chat_templates.source(body.chat_template or settings.chat_template, bool(body.tools))
-    tool_use = choose_tools(settings, template, body)
+    tool_use = choose_tools(settings, tokenizer, template, body)
     reasoning = None
     # A guided answer begins in its language: nothing is thought aloud.
     if guided is None and (tool_use is None or tool_use.forced is None) and settings.reasoning_parser != "none":
@@ -106,7 +106,7 @@ def output_format(
     return OutputFormat(tool_use, reasoning)
 
 
-def choose_tools(settings: ServiceSettings, template: str, body: ChatRequest) -> ToolUse | None:
+def choose_tools(settings: ServiceSettings, tokenizer: Tokenizer, template: str, body: ChatRequest) -> ToolUse | None:
     """What becomes of tools and tool_choice; None when no tool can be called."""
     tools = body.tools or []
     _check_tools(tools)
@@ -128,7 +128,7 @@ def choose_tools(settings: ServiceSettings, template: str, body: ChatRequest) ->
     forced = None
     if must:
         assert parser is not None
-        forced = parser.forced_calls([drop_nulls(tool) for tool in tools], named, parallel)
+        forced = parser.forced_calls([drop_nulls(tool) for tool in tools], named, parallel, tokenizer)
     return ToolUse(tools, parser, forced, single=not parallel)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trine.core.errors import RequestError
@@ -43,9 +44,18 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     guided: GuidedParams | None = None,
+    defaults: Mapping[str, Any],
 ) -> SamplingParams:
-    """The request's sampling parameters, `SamplingParams`' defaults where it has none. RequestError names a bad one."""
-    values: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    """The request's sampling parameters; where it has none the model's `defaults`, else `SamplingParams`' own.
+
+    RequestError names a bad one.
+    """
+    values: dict[str, Any] = {
+        **defaults,
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+    }
     for name in _COPIED:
         value = getattr(request, name)
         if value is not None:
