@@ -68,6 +68,8 @@ class InferRequest:
         "compute_start_ns",
         "context",
         "deadline_ns",
+        "done",
+        "expires_ns",
         "id",
         "inputs",
         "model_name",
@@ -82,6 +84,7 @@ class InferRequest:
         "sequence_end",
         "sequence_id",
         "sequence_start",
+        "signature",
         "timeout_us",
         "trace",
     )
@@ -117,6 +120,9 @@ class InferRequest:
         self.deadline_ns = deadline_ns
         self.respond = respond
         self.cancelled = False
+        self.done = False  # the final response was handed over
+        self.expires_ns = 0  # when the queue's policy gives up on it; 0: never
+        self.signature: object = None  # requests of one batch have equal ones: the shapes that vary
         self.on_cancel: Callable[[], None] | None = None  # set by whoever holds the request now
         self.batch_size = 1
         self.trace: Any = None

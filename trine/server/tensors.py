@@ -98,9 +98,21 @@ class Tensor:
         return self._raw is not None
 
     @property
+    def byte_size(self) -> int:
+        """Bytes of the binary form; of BYTES that is not encoded yet, 0."""
+        if self._raw is not None:
+            return len(self._raw)
+        assert self._array is not None
+        return 0 if self.datatype == "BYTES" else self._array.nbytes
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    def renamed(self, name: str) -> Tensor:
+        """The same values under another name; nothing is copied."""
+        return Tensor(name, self.datatype, self.shape, self._array, self._raw)
 
     def reshaped(self, shape: Sequence[int]) -> Tensor:
         """The same values in another shape of as many elements; nothing is copied."""

@@ -1,0 +1,270 @@
+"""Instances of a model: each computes one batch at a time, in a thread of its own.
+
+A batch whose computation takes less than handing it to another thread does is computed in the event loop instead.
+While all instances are busy, one further batch lies ready at each, if it is full: the instance goes on without waiting
+for the event loop's turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from time import monotonic_ns
+
+from trine.server.assembly import Assembler
+from trine.server.backends.base import AsyncInstance, BatchInstance, Device, RequestInstance
+from trine.server.bridge import LoopBridge
+from trine.server.errors import Code, ServerError
+from trine.server.request import InferRequest, InferResponse
+from trine.server.tensors import Array
+
+logger = logging.getLogger("trine.server")
+
+Instance = BatchInstance | RequestInstance | AsyncInstance
+
+_INLINE_NS = 200_000  # computations that take less than this run in the event loop
+_TOO_LONG_NS = 1_000_000  # one that took this long there sends the next _PROBATION to a thread
+_PROBATION = 256
+_FIRST_IN_THREAD = 4  # the first executions allocate and tune: they don't count
+
+
+class Batch:
+    """What an instance computes at once, and when it did."""
+
+    __slots__ = (
+        "answered",
+        "end_ns",
+        "error",
+        "formed_ns",
+        "input_end_ns",
+        "instance",
+        "on_done",
+        "output_start_ns",
+        "outputs",
+        "requests",
+        "rows",
+        "size",
+        "start_ns",
+        "why",
+    )
+
+    def __init__(self, requests: list[InferRequest], rows: int, why: str) -> None:
+        self.requests = requests
+        self.size = len(requests)
+        self.rows = rows
+        self.why = why
+        self.formed_ns = 0
+        self.start_ns = 0
+        self.input_end_ns = 0
+        self.output_start_ns = 0
+        self.end_ns = 0
+        self.outputs: dict[str, Array] | None = None
+        self.error: ServerError | None = None
+        self.instance = ""
+        self.answered = False
+        self.on_done: Callable[[Batch], None] | None = None
+
+
+class Worker:
+    """One instance with its thread, which starts when it is first needed."""
+
+    def __init__(self, name: str, device: Device, instance: Instance, pool: InstancePool) -> None:
+        self.name = name
+        self.device = device
+        self.instance = instance
+        self.outstanding = 0
+        self.retired = False
+        self.immediate: bool = getattr(instance, "immediate", False)
+        self._pool = pool
+        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.on_requests = hasattr(instance, "execute_requests")
+        self._begin: Callable[..., None] | None = getattr(instance, "begin", None)
+        self.is_async = self._begin is not None
+
+    async def start(self) -> None:
+        """Start an instance that is asynchronous itself."""
+        if self._begin is not None:
+            await self.instance.start()  # type: ignore[union-attr]
+
+    def hand(self, batch: Batch) -> None:
+        """Compute where the instance does: in its thread, or wherever an asynchronous one does it."""
+        if self._begin is not None:
+            batch.start_ns = batch.input_end_ns = monotonic_ns()
+            batch.instance = self.name
+            self._begin(batch.requests, self._pool.deliver, partial(self._done, batch))
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread.start()
+        self._inbox.put(batch)
+
+    def _run(self) -> None:
+        pool = self._pool
+        while (batch := self._inbox.get()) is not None:
+            self.compute(batch)
+            pool.bridge.post(pool.finished, self, batch)
+            del batch  # its tensors would live until the next one
+
+    def _done(self, batch: Batch, input_end_ns: int, output_start_ns: int) -> None:
+        """An asynchronous instance is done with a batch."""
+        batch.input_end_ns, batch.output_start_ns = input_end_ns, output_start_ns
+        batch.end_ns = monotonic_ns()
+        self._pool.finished(self, batch)
+
+    def compute(self, batch: Batch) -> None:
+        """Runs the instance; what goes wrong becomes the batch's error."""
+        batch.start_ns = monotonic_ns()
+        batch.instance = self.name
+        try:
+            if self.on_requests:
+                self._compute_requests(batch)
+            else:
+                self._compute_batch(batch)
+        except ServerError as error:
+            batch.error = error
+        except Exception as error:
+            logger.exception("model %s: instance %s failed", self._pool.assembler.model_name, self.name)
+            batch.error = ServerError(f"{type(error).__name__}: {error}", Code.INTERNAL)
+        batch.end_ns = monotonic_ns()
+
+    def _compute_batch(self, batch: Batch) -> None:
+        assembler = self._pool.assembler
+        requests = batch.requests
+        inputs = assembler.gather(requests)
+        batch.input_end_ns = monotonic_ns()
+        batch.outputs = self.instance.execute(inputs, assembler.wanted(requests))  # type: ignore[union-attr]
+        batch.output_start_ns = monotonic_ns()
+
+    def _compute_requests(self, batch: Batch) -> None:
+        batch.input_end_ns = batch.start_ns
+        self.instance.execute_requests(batch.requests, self._pool.respond)  # type: ignore[union-attr]
+        batch.output_start_ns = monotonic_ns()
+
+    async def close(self) -> None:
+        """End the instance, once it has computed what it has."""
+        try:
+            if self._begin is not None:
+                await self.instance.close()  # type: ignore[misc]
+            else:
+                await asyncio.to_thread(self._close)
+        except Exception:
+            logger.exception("instance %s can't be closed", self.name)
+
+    def _close(self) -> None:
+        if self._thread is not None:
+            self._inbox.put(None)
+            self._thread.join()
+        self.instance.close()
+
+
+class InstancePool:
+    """The instances of a model. `finish` gets each batch that was computed, `on_free` is called before it."""
+
+    def __init__(self, assembler: Assembler, bridge: LoopBridge) -> None:
+        self.assembler = assembler
+        self.bridge = bridge
+        self.workers: list[Worker] = []
+        self.finish: Callable[[Batch], None] = _nobody
+        self.deliver: Callable[[InferRequest, InferResponse], None] = _nobody_delivers
+        self.on_free: Callable[[], None] = _nothing
+        self.ahead = True
+        """Whether a full batch may wait at a busy instance."""
+        self._idle: list[Worker] = []
+        self._loop_thread = threading.get_ident()
+        self._recent_ns = _INLINE_NS
+        self._executions = 0
+        self._probation = 0
+
+    def add(self, worker: Worker) -> None:
+        self.workers.append(worker)
+        self._idle.append(worker)
+
+    def retire(self, worker: Worker) -> None:
+        """Take an instance out; whoever calls closes it once it has nothing left to do."""
+        worker.retired = True
+        self.workers.remove(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+
+    @property
+    def idle(self) -> bool:
+        """Whether an instance has nothing to do."""
+        return bool(self._idle)
+
+    @property
+    def outstanding(self) -> int:
+        return sum(worker.outstanding for worker in self.workers)
+
+    def takes_full(self) -> Worker | None:
+        """A busy instance at which a full batch may wait."""
+        if not self.ahead:
+            return None
+        return next((worker for worker in self.workers if worker.outstanding == 1), None)
+
+    def run(self, batch: Batch, worker: Worker | None = None) -> None:
+        """Compute on `worker`, or on an idle instance: there must be one."""
+        if worker is None:
+            worker = self._idle.pop()
+        elif worker in self._idle:
+            self._idle.remove(worker)
+        worker.outstanding += 1
+        if worker.outstanding == 1 and self._inline(worker):
+            worker.compute(batch)
+            worker.outstanding = 0
+            if not worker.retired:
+                self._idle.append(worker)
+            self._learn(batch, inline=True)
+            self.finish(batch)
+        else:
+            worker.hand(batch)
+
+    def finished(self, worker: Worker, batch: Batch) -> None:
+        """A thread has computed a batch: the instance's next one goes first, then this one's answers."""
+        worker.outstanding -= 1
+        if worker.outstanding == 0 and not worker.retired:
+            self._idle.append(worker)
+        self._learn(batch, inline=False)
+        self.on_free()
+        self.finish(batch)
+
+    def respond(self, request: InferRequest, response: InferResponse) -> None:
+        """What instances that compute on requests call, from any thread."""
+        if threading.get_ident() == self._loop_thread:
+            self.deliver(request, response)
+        else:
+            self.bridge.post(self.deliver, request, response)
+
+    def _inline(self, worker: Worker) -> bool:
+        if worker.immediate or worker.on_requests or worker.is_async:
+            return worker.immediate
+        if self._probation:
+            self._probation -= 1
+            return False
+        return self._recent_ns < _INLINE_NS and self._executions >= _FIRST_IN_THREAD
+
+    def _learn(self, batch: Batch, *, inline: bool) -> None:
+        """Keep a moving mean of how long computing takes."""
+        took = batch.end_ns - batch.start_ns
+        self._executions += 1
+        if self._executions <= _FIRST_IN_THREAD:
+            return
+        self._recent_ns += (min(took, 8 * _INLINE_NS) - self._recent_ns) >> 3
+        if inline and took > _TOO_LONG_NS:
+            self._probation = _PROBATION
+
+
+def _nobody(batch: Batch) -> None:
+    raise AssertionError("the pool has no scheduler")
+
+
+def _nobody_delivers(request: InferRequest, response: InferResponse) -> None:
+    raise AssertionError("the pool has no scheduler")
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,1 @@
+"""Schedulers: what happens to a request between its model and an instance."""
