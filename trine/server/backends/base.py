@@ -6,14 +6,18 @@ by one thread at a time. Third parties register a `Backend` under the entry poin
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from trine.core.metrics import Registry
 from trine.server.request import InferRequest, InferResponse
 from trine.server.tensors import Array
+
+if TYPE_CHECKING:
+    from trine.server.custom_metrics import CustomMetrics
+    from trine.server.repository import Repository
 
 ModelConfig = Any
 """The protobuf message inference.ModelConfig, checked and completed."""
@@ -40,6 +44,10 @@ Respond = Callable[[InferRequest, InferResponse], None]
 """Hands a response over from any thread; it reaches `request.respond` in the event loop's."""
 
 
+BatchDone = Callable[[int, int], None]
+"""Ends a batch; takes the monotonic times (ns) at which its inputs were ready and its outputs were there."""
+
+
 class BatchInstance(Protocol):
     """Computes on whole tensors: the scheduler puts a batch together once and cuts the answer apart once."""
 
@@ -59,26 +67,24 @@ class RequestInstance(Protocol):
 
 
 class AsyncInstance(Protocol):
-    """Computes in another process, or is asynchronous itself: every method is called in the event loop's thread.
+    """Computes in another process, or is asynchronous itself: it has no thread.
 
-    It has no thread of its own, so a request's way to another process and back holds no hop between threads.
+    So a request's way to another process and back holds no hop between threads. Everything but `close` is called in the
+    event loop's thread.
     """
 
-    async def start(self) -> None:
-        """Called once, before anything else. Raises ModelLoadError."""
+    def begin(self, requests: list[InferRequest], respond: Respond, done: BatchDone) -> None:
+        """Begin a batch and return at once; it never raises. Each request gets its responses, now or later.
 
-    def begin(self, requests: list[InferRequest], done: Callable[[], None]) -> None:
-        """Begin a batch and return at once. Each request is answered through its `respond`, now or later.
-
-        `done` is called when the next batch may come: after the batch, or at once (even before `begin` returns) where
-        any number run side by side. It also sets the requests' compute times.
+        `done` is called when the batch is over: with an instance that runs any number side by side at once (even before
+        `begin` returns). A second batch may be begun before the first is done.
         """
 
     async def is_ready(self) -> bool:
         """Whether it would serve a request now; must answer within seconds."""
 
-    async def close(self) -> None:
-        """Let running batches finish, then release everything."""
+    def close(self) -> None:
+        """Let running batches finish, then release everything. Blocks; not in the event loop's thread."""
 
 
 class BackendModel(Protocol):
@@ -91,20 +97,20 @@ class BackendModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What a back end may use of its server: `Backend` classes are made with it.
+    """What a back end may use of its server: given to its `attach(host)`, where it has one, when it is made.
 
-    repository  other models, for back ends whose models call them (a Repository)
-    metrics     where models may add metrics of their own
-    options     `--backend-config=NAME,KEY=VALUE` of this back end
+    loop        the server's event loop
+    repository  other models, for back ends whose models call them
+    metrics     where models add metrics of their own
     """
 
-    repository: Any
-    metrics: Registry
-    options: dict[str, str]
+    loop: asyncio.AbstractEventLoop
+    repository: Repository
+    metrics: CustomMetrics
 
 
 class Backend(Protocol):
-    """A framework."""
+    """A framework. Made with its settings: `--backend-config=NAME,KEY=VALUE` as {KEY: VALUE}."""
 
     name: str
 
