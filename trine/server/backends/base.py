@@ -69,9 +69,12 @@ class RequestInstance(Protocol):
 class AsyncInstance(Protocol):
     """Computes in another process, or is asynchronous itself: it has no thread.
 
-    So a request's way to another process and back holds no hop between threads. Everything but `close` is called in the
-    event loop's thread.
+    So a request's way to another process and back holds no hop between threads. All of it is called in the event loop's
+    thread.
     """
+
+    async def start(self) -> None:
+        """Called once, before anything else. Raises ModelLoadError."""
 
     def begin(self, requests: list[InferRequest], respond: Respond, done: BatchDone) -> None:
         """Begin a batch and return at once; it never raises. Each request gets its responses, now or later.
@@ -83,8 +86,8 @@ class AsyncInstance(Protocol):
     async def is_ready(self) -> bool:
         """Whether it would serve a request now; must answer within seconds."""
 
-    def close(self) -> None:
-        """Let running batches finish, then release everything. Blocks; not in the event loop's thread."""
+    async def close(self) -> None:
+        """Let running batches finish, then release everything. Harmless where it was never started."""
 
 
 class BackendModel(Protocol):

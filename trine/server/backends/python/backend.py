@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Mapping
@@ -62,16 +61,13 @@ class PythonModel:
         self._host = host
 
     def instance(self, device: Device, index: int) -> PythonInstance:
-        """Start an instance and wait until the model is initialized; not in the event loop's thread."""
         arguments = {
             **self._arguments,
             "instance": f"{self._name}_0_{index}",
             "kind": _KINDS[device.kind],
             "device": device.index,
         }
-        instance = PythonInstance(arguments["instance"], self._options, arguments, self._host)
-        asyncio.run_coroutine_threadsafe(instance.start(), self._host.loop).result()
-        return instance
+        return PythonInstance(arguments["instance"], self._options, arguments, self._host)
 
     def close(self) -> None:
         """Nothing is shared between instances."""

@@ -59,7 +59,7 @@ class _Batch:
 
 
 class PythonInstance:
-    """One instance. All of it runs in the event loop's thread, but for `close`."""
+    """One instance. All of it runs in the event loop's thread."""
 
     def __init__(self, name: str, options: PythonOptions, arguments: dict[str, Any], host: Host) -> None:
         self.name = name
@@ -134,11 +134,8 @@ class PythonInstance:
         logger.warning("%s: is_ready() did not answer within %g s", self.name, _READINESS_TIMEOUT_S)
         return False
 
-    def close(self) -> None:
-        """Finalize the model and end its process; blocks until it has."""
-        asyncio.run_coroutine_threadsafe(self.aclose(), self._host.loop).result()
-
-    async def aclose(self) -> None:
+    async def close(self) -> None:
+        """Finalize the model and end its process."""
         self._closing = True
         if self._restart is not None:
             self._restart.cancel()

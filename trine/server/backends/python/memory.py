@@ -2,8 +2,8 @@
 
 A `Writer` owns a region and hands out blocks of it, a `Reader` in the other process reads them. The first byte of a
 block says whether it is in use; the reader clears it when nothing refers to the block's bytes any more, so giving
-memory back takes no message. The region is a sparse file in memory without a name: pages exist once they are touched, and
-nothing outlives the two processes, however they end.
+memory back takes no message. The region is a sparse file in memory without a name: pages exist once they are touched,
+and nothing outlives the two processes, however they end.
 """
 
 from __future__ import annotations
