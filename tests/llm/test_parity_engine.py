@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.llm.models.checkpoints import VOCAB, Case, build, rope
+from tests.llm.models.checkpoints import MOE, VOCAB, Case, build, rope
 from trine import LLM, SamplingParams
 
 CASES = [
@@ -20,6 +20,8 @@ CASES = [
     Case("window", "Mistral", {"sliding_window": 20}),
     Case("tied", "Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     Case("wide-heads", "Qwen3", {"head_dim": 32}),
+    Case("experts", "Qwen3Moe", {**MOE, "norm_topk_prob": True}),
+    Case("experts", "Mixtral", {"num_local_experts": 4}),
     Case("plain", "GPT2"),
 ]
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)

@@ -173,6 +173,30 @@ def gelu(x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor:
     return _of(x).gelu(x, approximate)
 
 
+def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [T, K] float32 and numbers [T, K] int32 of the experts that a router gate [E, H] chooses for x [T, H]."""
+    if x.is_cuda:
+        return _of(x).route(x, gate, top_k, normalize)
+    return reference.route(x, gate, top_k, normalize)
+
+
+def experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor | Sequence[Weight],
+    down: torch.Tensor | Sequence[Weight],
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+) -> torch.Tensor:
+    """The chosen experts' gated MLPs of each token of x [T, H], summed with their weights: [T, H].
+
+    Stacked tensors gate_up [E, 2I, H] and down [E, H, I] go to the back end; lists of weights are computed expert by
+    expert with `linear`.
+    """
+    if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
+        return _of(x).experts(x, gate_up, down, weights, chosen)
+    return reference.experts(x, gate_up, down, weights, chosen, linear_silu_mul, linear)
+
+
 def prepare_qkv(
     qkv: torch.Tensor,
     num_heads: int,

@@ -6,6 +6,7 @@ and results have the dtype of the first argument.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +110,40 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def gelu(x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor:
     """The Gaussian error linear unit, exact ("none") or by its tanh approximation (Hendrycks and Gimpel 2016)."""
     return F.gelu(x.float(), approximate=approximate).to(x.dtype)
+
+
+def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of each token of x [T, H]: the `top_k` largest of softmax(x gateᵀ), gate [E, H].
+
+    Returns their weights [T, K] float32, which `normalize` makes add up to one, and their numbers [T, K] int32, largest
+    weight first (Shazeer et al. 2017; the softmax is over all experts).
+    """
+    weights, chosen = F.linear(x.float(), gate.float()).softmax(dim=-1).topk(top_k, dim=-1)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, chosen.to(torch.int32)
+
+
+def experts(
+    x: torch.Tensor,
+    gate_up: Sequence[Weight] | torch.Tensor,
+    down: Sequence[Weight] | torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    product_silu_mul: Callable[[torch.Tensor, Weight], torch.Tensor] = linear_silu_mul,
+    product: Callable[[torch.Tensor, Weight], torch.Tensor] = linear,
+) -> torch.Tensor:
+    """Of each token of x [T, H] the chosen experts' MLPs, summed with their weights: [T, H].
+
+    chosen and weights are [T, K], gate_up [E, 2I, H] (gate, then up) and down [E, H, I]. An expert computes all of its
+    tokens at once, and no other expert's weights are touched; sums go by ascending expert.
+    """
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        rows, at = torch.where(chosen == expert)
+        mixed = product(product_silu_mul(x[rows], gate_up[expert]), down[expert])
+        y.index_add_(0, rows, mixed.float() * weights[rows, at, None])
+    return y.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,8 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {"short_factor": [1.0, 1.1] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0] * 2}
 LONGROPE |= {"original_max_position_embeddings": 64}
 
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "head_dim": 16}
+
 CASES = [
     Case("grouped", "Llama"),
     Case("every-head-its-own", "Llama", {"num_key_value_heads": 4}),
@@ -80,6 +82,15 @@ CASES = [
     Case("biases", "Qwen3", {"head_dim": 16, "attention_bias": True}),
     Case("yarn", "Qwen3", {"head_dim": 32, **rope("yarn", **YARN)}),
     Case("window", "Qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    Case("normalized", "Qwen3Moe", {**MOE, "norm_topk_prob": True}),
+    Case("not-normalized", "Qwen3Moe", {**MOE, "tie_word_embeddings": True}),
+    Case("dense-layers", "Qwen3Moe", {**MOE, "num_hidden_layers": 3, "mlp_only_layers": [0]}),
+    Case("sparse-step", "Qwen3Moe", {**MOE, "num_hidden_layers": 3, "decoder_sparse_step": 2}),
+    Case("window-old", "Qwen3Moe", {**MOE, "use_sliding_window": True, "sliding_window": 20}, "old"),
+    Case("every-expert", "Qwen3Moe", {**MOE, "num_experts_per_tok": 8, "attention_bias": True}),
+    Case("plain", "Mixtral", {"num_local_experts": 4}),
+    Case("one-of-five", "Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 1, "head_dim": 32}),
+    Case("window-old", "Mixtral", {"num_local_experts": 4, "sliding_window": 20}, "old"),
     Case("plain", "GPT2"),
     Case("untied", "GPT2", {"tie_word_embeddings": False, "n_inner": 100}),
     Case("exact-gelu", "GPT2", {"activation_function": "gelu", "layer_norm_epsilon": 1e-4}),
@@ -109,6 +120,8 @@ def _write_old_layout(path: Path) -> None:
     config = json.loads(path.read_text())
     config["torch_dtype"] = config.pop("dtype")
     config.pop("layer_types", None)
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
     scaling = config.pop("rope_parameters", None)
     if scaling is not None:
         config["rope_theta"] = scaling.pop("rope_theta")

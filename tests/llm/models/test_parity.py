@@ -43,7 +43,7 @@ def test_logits_and_tokens_equal_transformers(case: Case, tmp_path: Path) -> Non
     assert greedy(ours, prompt, 64) == transformers_greedy(theirs, prompt, 64)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Mixtral", "GPT2"])
 def test_the_reference_kernels_equal_transformers(family: str, tmp_path: Path) -> None:
     """The other tests run on the native library where it is built."""
     theirs = build(next(case for case in CASES if case.family == family), tmp_path)

@@ -7,6 +7,8 @@ here on CPU tensors, which is how the tests run where there is no GPU.
 from trine.kernels.reference import embedding
 from trine.kernels.triton.activation import gelu, silu_mul
 from trine.kernels.triton.attention import paged_attention, supports
+from trine.kernels.triton.moe import experts
+from trine.kernels.triton.moe_route import route
 from trine.kernels.triton.norm import add_rms_norm, layer_norm, rms_norm
 from trine.kernels.triton.qkv import prepare_qkv
 from trine.kernels.triton.small_linear import linear
@@ -14,12 +16,14 @@ from trine.kernels.triton.small_linear import linear
 __all__ = [
     "add_rms_norm",
     "embedding",
+    "experts",
     "gelu",
     "layer_norm",
     "linear",
     "paged_attention",
     "prepare_qkv",
     "rms_norm",
+    "route",
     "silu_mul",
     "supports",
 ]

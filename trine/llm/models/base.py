@@ -27,17 +27,24 @@ class Build:
     max_model_len: int
 
 
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)")
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointNames:
     """From a checkpoint's tensor names to layers.
 
     A name loses the first of `prefixes` that it starts with. The rest is a module's path and a parameter; the path's
-    last part may be a projection that is fused here: `fused` maps it to the module and the shard. Names that match
-    `ignored` are buffers that old tools saved, or heads that are not served.
+    last part may be a projection that is fused here: `fused` maps it to the module and the shard. `experts` does so for
+    the projections of numbered experts (….experts.7.up_proj.weight), which all are one module: the shard is "7.up".
+    `renamed` are modules' names here by what they are called in checkpoints. Names that match `ignored` are buffers
+    that old tools saved, or heads that are not served.
     """
 
     prefixes: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    experts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> tuple[str, WeightKey] | None:
@@ -49,7 +56,13 @@ class CheckpointNames:
         if any(re.search(pattern, name) for pattern in self.ignored):
             return None
         path, _, parameter = name.rpartition(".")
+        for stored, own in self.renamed.items():
+            path = path.replace(f".{stored}.", f".{own}.")
         parent, _, leaf = path.rpartition(".")
+        expert = _EXPERT.fullmatch(parent)
+        if expert and leaf in self.experts and parameter == "weight":
+            name, shard = self.experts[leaf]
+            return expert[1], WeightKey(name, f"{expert[2]}.{shard}")
         if leaf not in self.fused:
             return path, WeightKey(parameter)
         module, shard = self.fused[leaf]
@@ -58,9 +71,15 @@ class CheckpointNames:
     def describe(self, path: str, key: WeightKey) -> str:
         """A checkpoint's name for what a layer wants: `resolve` backwards."""
         parent, _, leaf = path.rpartition(".")
+        number, _, shard = key.shard.partition(".")
         for name, place in self.fused.items():
             if place == (leaf, key.shard):
                 path = f"{parent}.{name}"
+        for name, place in self.experts.items():
+            if number.isdigit() and place == (key.name, shard):
+                path, key = f"{path}.{number}.{name}", WeightKey("weight")
+        for stored, own in self.renamed.items():
+            path = path.replace(f".{own}.", f".{stored}.")
         return f"{path}.{key.name}"
 
     def ignoring(self, pattern: str) -> CheckpointNames:

@@ -80,13 +80,19 @@ class DecoderLayer(Layer):
     """Attention and MLP, each on the norm of the residual stream and added back to it."""
 
     def __init__(
-        self, config: ModelConfig, build: Build, options: BlockOptions, window: int | None, cos_sin: torch.Tensor
+        self,
+        config: ModelConfig,
+        build: Build,
+        options: BlockOptions,
+        window: int | None,
+        cos_sin: torch.Tensor,
+        mlp: Layer,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
         self.self_attn = SelfAttention(config, build, options, window, cos_sin)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
-        self.mlp = GatedMLP(config, build, options.mlp_bias)
+        self.mlp = mlp
 
     def forward(self, x: torch.Tensor | None, residual: torch.Tensor, batch: Batch) -> torch.Tensor:
         """`residual` [T, H] is updated in place, except for this layer's last output, which is returned.
@@ -97,9 +103,11 @@ class DecoderLayer(Layer):
         x = self.post_attention_layernorm.add(self.self_attn(x, batch), residual)
         return self.mlp(x)
 
-    def as_operation(self) -> types.DecoderLayer:
-        """The same for a back end that runs a whole stack of layers at once."""
+    def as_operation(self) -> types.DecoderLayer | None:
+        """The same for a back end that runs a whole stack of layers at once; None for what no such back end knows."""
         attention, mlp = self.self_attn, self.mlp
+        if not isinstance(mlp, GatedMLP):
+            return None
         return types.DecoderLayer(
             qkv=attention.qkv_proj.weight,
             output=attention.o_proj.weight,
@@ -149,7 +157,8 @@ class LlamaForCausalLM(CausalLM):
                 config.hidden_size, config.vocab_size, bias=False, dtype=build.dtype, method=build.method
             )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, build, options, window, cos_sin) for window in config.layer_windows
+            DecoderLayer(config, build, options, window, cos_sin, self.mlp(layer, config, build))
+            for layer, window in enumerate(config.layer_windows)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
         self.stack: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
@@ -158,12 +167,19 @@ class LlamaForCausalLM(CausalLM):
     def options(config: ModelConfig) -> BlockOptions:
         return BlockOptions(config.attention_bias, config.attention_bias, config.mlp_bias)
 
+    def mlp(self, layer: int, config: ModelConfig, build: Build) -> Layer:
+        """What follows attention in layer number `layer`."""
+        return GatedMLP(config, build, self.options(config).mlp_bias)
+
     def bind_cache(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         super().bind_cache(caches)
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         attention = layers[0].self_attn
+        operations = [operation for layer in layers if (operation := layer.as_operation()) is not None]
+        if len(operations) < len(layers):
+            return
         self.stack = ops.decoder(
-            [layer.as_operation() for layer in layers],
+            operations,
             self.norm.weight,
             eps=self.norm.eps,
             num_heads=attention.num_heads,

@@ -1,0 +1,130 @@
+"""Mixture of experts on a GPU: which kernels, in which blocks, for how many rows. No step waits for the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
+from trine.kernels.triton.moe_grouped import Tuning, matrix_product, stream_product
+from trine.kernels.triton.moe_route import Groups, group
+from trine.kernels.triton.moe_single import single_row
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the experts of a batch are computed: rows a tile, both products' choices, `resident`: by `matrix_product`."""
+
+    row_block: int
+    gate_up: Tuning
+    down: Tuning
+    resident: bool = False
+
+
+_PLANS = (
+    (4, Plan(16, Tuning(64, 128, 4, 4), Tuning(64, 128, 4, 4))),
+    (12, Plan(32, Tuning(64, 128, 4, 4), Tuning(64, 128, 4, 4))),
+    (64, Plan(64, Tuning(64, 64, 4, 4), Tuning(128, 64, 4, 4))),
+)
+"""For 16-bit types, by the largest mean number of rows an expert; measured on an H200 (bench/moe.py)."""
+
+_MANY = Plan(128, Tuning(128, 64, 8, 4), Tuning(256, 64, 8, 4), resident=True)
+_MANY_UNALIGNED = Plan(64, Tuning(64, 64, 4, 3), Tuning(128, 64, 4, 3))
+_FLOAT32 = Plan(16, Tuning(64, 32, 4, 2), Tuning(64, 32, 4, 2))
+
+
+def plan_for(num_choices: int, gate_up: torch.Tensor) -> Plan:
+    """The plan for a number of (token, expert) pairs and weights [E, 2I, H]."""
+    num_experts, twice_inner, hidden = gate_up.shape
+    if gate_up.itemsize > 2:
+        return _FLOAT32
+    for largest, plan in _PLANS:
+        if num_choices <= largest * num_experts:
+            return plan
+    return _MANY if hidden % 8 == 0 and twice_inner % 16 == 0 else _MANY_UNALIGNED
+
+
+@triton.jit
+def _gather_kernel(x_ptr, order_ptr, y_ptr, hidden, x_stride, choices, block: tl.constexpr, early: tl.constexpr):
+    """Program i: the row of the token whose choice is i-th in sorted order."""
+    wait_for_inputs(early)
+    place = tl.program_id(0).to(tl.int64)
+    row = (tl.load(order_ptr + place) // choices).to(tl.int64)
+    for start in range(0, hidden, block):
+        columns = start + tl.arange(0, block)
+        inside = columns < hidden
+        x = tl.load(x_ptr + row * x_stride + columns, mask=inside)
+        tl.store(y_ptr + place * hidden + columns, x, mask=inside)
+
+
+@triton.jit
+def _combine_kernel(
+    x_ptr, places_ptr, weights_ptr, y_ptr, hidden, top_k: tl.constexpr, block: tl.constexpr, early: tl.constexpr
+):
+    """Program (t, i): columns block i of token t's choices, summed with their weights."""
+    wait_for_inputs(early)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    inside = columns < hidden
+    y = tl.zeros([block], tl.float32)
+    for choice in tl.static_range(top_k):
+        place = tl.load(places_ptr + row * top_k + choice).to(tl.int64)
+        x = tl.load(x_ptr + place * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+        y += x * tl.load(weights_ptr + row * top_k + choice)
+    tl.store(y_ptr + row * hidden + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def gather_rows(x: torch.Tensor, groups: Groups, choices: int) -> torch.Tensor:
+    """Rows of x [T, H] in sorted order, one for each of its `choices`: [P, H]."""
+    hidden = x.shape[1]
+    y = torch.empty((groups.order.shape[0], hidden), dtype=x.dtype, device=x.device)
+    block = min(triton.next_power_of_2(hidden), 4096)
+    _gather_kernel[(y.shape[0],)](
+        x, groups.order, y, hidden, x.stride(0), choices, block=block, num_warps=4, **early_launch(x.device)
+    )
+    return y
+
+
+def combine(x: torch.Tensor, groups: Groups, weights: torch.Tensor) -> torch.Tensor:
+    """Each token's results in x [P, H], summed with `weights` [T, K] in the order of its choices: [T, H]."""
+    (num_rows, top_k), hidden = weights.shape, x.shape[1]
+    y = torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
+    block = min(triton.next_power_of_2(hidden), _BLOCK)
+    _combine_kernel[(num_rows, cdiv(hidden, block))](
+        x, groups.places, weights, y, hidden, top_k=top_k, block=block, num_warps=4, **early_launch(x.device)
+    )
+    return y
+
+
+def experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """The experts `chosen` [T, K] int32 of each row of x [T, H], summed with `weights` [T, K] float32: [T, H].
+
+    gate_up [E, 2I, H] holds gates over ups, down is [E, H, I]. A row's result does not depend on the rows beside it,
+    except through the plan, which goes by their number.
+    """
+    num_rows, top_k = chosen.shape
+    if num_rows == 0:
+        return torch.empty_like(x)
+    if num_rows == 1 and plan is None:
+        return single_row(x, gate_up, down, weights, chosen)
+    plan = plan or plan_for(chosen.numel(), gate_up)
+    groups = group(chosen, gate_up.shape[0], plan.row_block)
+    if plan.resident:
+        h = matrix_product(gather_rows(x, groups, top_k), gate_up, groups, plan.gate_up, silu=True)
+        y = matrix_product(h, down, groups, plan.down, silu=False)
+    else:
+        h = stream_product(x, gate_up, groups, plan.gate_up, silu=True, choices=top_k)
+        y = stream_product(h, down, groups, plan.down, silu=False, choices=0)
+    return combine(y, groups, weights)
