@@ -18,6 +18,7 @@ constexpr int PANEL_INT_VECTORS = 2 * PANEL_VECTORS;  // sums of pairs of produc
 constexpr int MAX_INT_ROWS = W == 8 ? 2 : 6;
 constexpr int64_t MAX_GROUP = 512;   // 512 * 127 * 32767 < 2^31
 constexpr int64_t QUAD = 4 * PANEL;  // weights of a panel for four neighbours in k
+constexpr int64_t INT8_AHEAD = 4096;  // bytes read ahead: one thin stream needs more of them than float weights' two
 
 // x of one pass, rounded: blocks of rows [k / 4][rows of the block][4], and scales [rows][groups].
 struct RoundedRows {
@@ -39,7 +40,7 @@ static void int8_group(const int16_t* x, const float* x_scales, int64_t groups, 
         vi value[R];
         UNROLL
         for (int r = 0; r < R; ++r) value[r] = broadcast64(x + (q * R + r) * 4);
-        __builtin_prefetch(weights + q * QUAD + NEAR_BYTES);
+        __builtin_prefetch(weights + q * QUAD + INT8_AHEAD);
         UNROLL
         for (int v = 0; v < V; ++v) {
             const vi w = widen_int8(weights + q * QUAD + v * W * 2);
