@@ -10,7 +10,7 @@ from trine.server.errors import Code, ServerError
 from trine.server.instances import Batch
 from trine.server.journal import Journal
 from trine.server.request import InferRequest, InferResponse
-from trine.server.statistics import BACKEND, CANCELED, REJECTED, ModelStatistics
+from trine.server.statistics import BACKEND, CANCELED, OTHER, REJECTED, ModelStatistics
 
 logger = logging.getLogger("trine.server")
 
@@ -33,6 +33,10 @@ class Answers:
     def accept(self) -> None:
         self.open += 1
         self.statistics.pending += 1
+
+    def begin(self) -> None:
+        """A request is accepted and does not wait."""
+        self.open += 1
 
     def finish(self, batch: Batch) -> None:
         """A batch was computed: cut its outputs apart, answer, count."""
@@ -138,14 +142,41 @@ class Answers:
         """A request that waited is not wanted any more."""
         self.reject(request, ServerError("Request cancelled", Code.CANCELLED), CANCELED)
 
+    def end(self, request: InferRequest, response: InferResponse) -> None:
+        """The final response of a request that was begun: not of an execution of this model's own."""
+        request.done = True
+        self.open -= 1
+        took = monotonic_ns() - request.received_ns
+        statistics = self.statistics
+        if response.error is None:
+            statistics.executed(request.batch_size, 0, monotonic_ns() - request.queued_ns, 0)
+            statistics.succeeded(1, took, 0, 0, monotonic_ns() - request.queued_ns, 0)
+            statistics.latency.add(took)
+            statistics.queue_latency.add(0)
+        elif response.error.error_code is Code.CANCELLED:
+            statistics.failed(took, CANCELED)
+        else:
+            statistics.failed(took, OTHER)
+            statistics.failures[OTHER] += 1  # Triton counts an ensemble's failure twice, and dashboards divide by two
+        response.model_name, response.model_version = self.name, self.version
+        self._hand_over(request, response)
+
+    def send(self, request: InferRequest, response: InferResponse) -> None:
+        """One of several responses, not the final one."""
+        response.model_name, response.model_version = self.name, self.version
+        self._hand_over(request, response)
+
+    def _hand_over(self, request: InferRequest, response: InferResponse) -> None:
+        try:
+            request.respond(response)
+        except Exception:
+            logger.exception("a response of model %s can't be handed over", self.name)
+
     def _fail(self, request: InferRequest, error: ServerError, reason: str) -> None:
         request.done = True
         self.open -= 1
         self.statistics.failed(monotonic_ns() - request.received_ns, reason)
-        try:
-            request.respond(InferResponse(error=error, model_name=self.name, model_version=self.version))
-        except Exception:
-            logger.exception("an error of model %s can't be handed over", self.name)
+        self._hand_over(request, InferResponse(error=error, model_name=self.name, model_version=self.version))
 
 
 def mark(request: InferRequest, batch: Batch, end_ns: int) -> None:

@@ -43,6 +43,8 @@ class Assembler:
         self.batches = config.max_batch_size > 0
         self.outputs = {tensor.name: OutputSpec(tensor) for tensor in config.output}
         self.output_names = list(self.outputs)
+        self.also_wanted: list[str] = []
+        """Outputs that are no client's: the state of sequences."""
         self._ragged = {tensor.name for tensor in config.input if tensor.allow_ragged_batch}
         self._batch_inputs = [
             (kind_name(item), list(item.target_name), datatype_name(item.data_type), item.source_input[0])
@@ -55,9 +57,14 @@ class Assembler:
         names: set[str] = set()
         for request in requests:
             if request.outputs is None:
-                return self.output_names
+                return self._with_state(self.output_names)
             names.update(output.name for output in request.outputs)
-        return [name for name in self.output_names if name in names]
+        return self._with_state([name for name in self.output_names if name in names])
+
+    def _with_state(self, names: list[str]) -> list[str]:
+        if not self.also_wanted:
+            return names
+        return [*names, *(name for name in self.also_wanted if name not in names)]
 
     def gather(self, requests: Sequence[InferRequest]) -> dict[str, Array]:
         """The batch's inputs by name, the first dimension being rows where the model batches."""

@@ -16,10 +16,11 @@ from queue import SimpleQueue
 from time import monotonic_ns
 
 from trine.server.assembly import Assembler
-from trine.server.backends.base import AsyncInstance, BatchInstance, Device, RequestInstance
+from trine.server.backends.base import AsyncInstance, BatchInstance, Device, RequestInstance, Respond
 from trine.server.bridge import LoopBridge
 from trine.server.errors import Code, ServerError
 from trine.server.request import InferRequest, InferResponse
+from trine.server.scheduling.rate_limiter import Claim, RateLimiter
 from trine.server.tensors import Array
 
 logger = logging.getLogger("trine.server")
@@ -72,19 +73,40 @@ class Batch:
 class Worker:
     """One instance with its thread, which starts when it is first needed."""
 
-    def __init__(self, name: str, device: Device, instance: Instance, pool: InstancePool) -> None:
+    def __init__(
+        self, name: str, device: Device, instance: Instance, pool: InstancePool, claim: Claim | None = None
+    ) -> None:
         self.name = name
         self.device = device
         self.instance = instance
         self.outstanding = 0
         self.retired = False
+        self.claim = claim
         self.immediate: bool = getattr(instance, "immediate", False)
         self._pool = pool
         self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self.on_requests = hasattr(instance, "execute_requests")
         self._begin: Callable[..., None] | None = getattr(instance, "begin", None)
+        self._beginning = False
         self.is_async = self._begin is not None
+
+    async def ask_ready(self) -> bool:
+        """Whether the instance would serve a request now, where it can tell."""
+        return not self.is_async or await self.instance.is_ready()  # type: ignore[union-attr]
+
+    async def compute_aside(self, batch: Batch, respond: Respond) -> None:
+        """Compute a batch that no client has sent, while nothing else is computed here; returns when it is over."""
+        if self._begin is None:
+            await asyncio.to_thread(self.compute, batch, respond)
+            return
+        over = asyncio.Event()
+
+        def done(input_end_ns: int, output_start_ns: int) -> None:
+            over.set()
+
+        self._begin(batch.requests, respond, done)
+        await over.wait()
 
     async def start(self) -> None:
         """Start an instance that is asynchronous itself."""
@@ -96,7 +118,11 @@ class Worker:
         if self._begin is not None:
             batch.start_ns = batch.input_end_ns = monotonic_ns()
             batch.instance = self.name
-            self._begin(batch.requests, self._pool.deliver, partial(self._done, batch))
+            self._beginning = True
+            try:
+                self._begin(batch.requests, self._pool.deliver, partial(self._done, batch))
+            finally:
+                self._beginning = False
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -106,7 +132,7 @@ class Worker:
     def _run(self) -> None:
         pool = self._pool
         while (batch := self._inbox.get()) is not None:
-            self.compute(batch)
+            self.compute(batch, pool.respond)
             pool.bridge.post(pool.finished, self, batch)
             del batch  # its tensors would live until the next one
 
@@ -114,15 +140,16 @@ class Worker:
         """An asynchronous instance is done with a batch."""
         batch.input_end_ns, batch.output_start_ns = input_end_ns, output_start_ns
         batch.end_ns = monotonic_ns()
-        self._pool.finished(self, batch)
+        # While a batch is only being begun, whoever began it looks for the next one itself.
+        self._pool.finished(self, batch, look_on=not self._beginning)
 
-    def compute(self, batch: Batch) -> None:
+    def compute(self, batch: Batch, respond: Respond) -> None:
         """Runs the instance; what goes wrong becomes the batch's error."""
         batch.start_ns = monotonic_ns()
         batch.instance = self.name
         try:
             if self.on_requests:
-                self._compute_requests(batch)
+                self._compute_requests(batch, respond)
             else:
                 self._compute_batch(batch)
         except ServerError as error:
@@ -140,9 +167,9 @@ class Worker:
         batch.outputs = self.instance.execute(inputs, assembler.wanted(requests))  # type: ignore[union-attr]
         batch.output_start_ns = monotonic_ns()
 
-    def _compute_requests(self, batch: Batch) -> None:
+    def _compute_requests(self, batch: Batch, respond: Respond) -> None:
         batch.input_end_ns = batch.start_ns
-        self.instance.execute_requests(batch.requests, self._pool.respond)  # type: ignore[union-attr]
+        self.instance.execute_requests(batch.requests, respond)  # type: ignore[union-attr]
         batch.output_start_ns = monotonic_ns()
 
     async def close(self) -> None:
@@ -165,15 +192,16 @@ class Worker:
 class InstancePool:
     """The instances of a model. `finish` gets each batch that was computed, `on_free` is called before it."""
 
-    def __init__(self, assembler: Assembler, bridge: LoopBridge) -> None:
+    def __init__(self, assembler: Assembler, bridge: LoopBridge, limiter: RateLimiter | None = None) -> None:
         self.assembler = assembler
         self.bridge = bridge
         self.workers: list[Worker] = []
         self.finish: Callable[[Batch], None] = _nobody
         self.deliver: Callable[[InferRequest, InferResponse], None] = _nobody_delivers
         self.on_free: Callable[[], None] = _nothing
-        self.ahead = True
+        self.ahead = limiter is None
         """Whether a full batch may wait at a busy instance."""
+        self._limiter = limiter
         self._idle: list[Worker] = []
         self._loop_thread = threading.get_ident()
         self._recent_ns = _INLINE_NS
@@ -188,13 +216,43 @@ class InstancePool:
         """Take an instance out; whoever calls closes it once it has nothing left to do."""
         worker.retired = True
         self.workers.remove(worker)
+        if self._limiter is not None and worker.claim is not None:
+            self._limiter.release_claim(worker.claim)
         if worker in self._idle:
             self._idle.remove(worker)
 
     @property
     def idle(self) -> bool:
-        """Whether an instance has nothing to do."""
-        return bool(self._idle)
+        """Whether an instance can begin a batch now; where one lacks resources, it is woken when there are some."""
+        if self._limiter is None or not self._idle:
+            return bool(self._idle)
+        if self._permitted() is not None:
+            return True
+        self._limiter.wait(self)
+        return False
+
+    def may_run(self, worker: Worker) -> bool:
+        """Whether this idle instance can begin a batch now; where it lacks resources, the pool is woken later."""
+        if self._limiter is None or worker.claim is None or self._limiter.available(worker.claim):
+            return True
+        self._limiter.wait(self)
+        return False
+
+    @property
+    def turns(self) -> int:
+        """How often the pool's idle instances have had their turn, weighted by priority."""
+        claims = [worker.claim for worker in self._idle if worker.claim is not None]
+        return min((claim.executions * claim.priority for claim in claims), default=0)
+
+    def _permitted(self) -> Worker | None:
+        """The idle instance whose turn it is, of those with resources at hand."""
+        assert self._limiter is not None
+        able = [worker for worker in self._idle if worker.claim is None or self._limiter.available(worker.claim)]
+        return min(
+            able,
+            key=lambda worker: worker.claim.executions * worker.claim.priority if worker.claim else 0,
+            default=None,
+        )
 
     @property
     def outstanding(self) -> int:
@@ -208,13 +266,15 @@ class InstancePool:
 
     def run(self, batch: Batch, worker: Worker | None = None) -> None:
         """Compute on `worker`, or on an idle instance: there must be one."""
-        if worker is None:
+        if self._limiter is not None:
+            worker = self._take_permitted(worker)
+        elif worker is None:
             worker = self._idle.pop()
         elif worker in self._idle:
             self._idle.remove(worker)
         worker.outstanding += 1
         if worker.outstanding == 1 and self._inline(worker):
-            worker.compute(batch)
+            worker.compute(batch, self.respond)
             worker.outstanding = 0
             if not worker.retired:
                 self._idle.append(worker)
@@ -223,13 +283,28 @@ class InstancePool:
         else:
             worker.hand(batch)
 
-    def finished(self, worker: Worker, batch: Batch) -> None:
-        """A thread has computed a batch: the instance's next one goes first, then this one's answers."""
+    def _take_permitted(self, worker: Worker | None) -> Worker:
+        assert self._limiter is not None
+        worker = worker or self._permitted()
+        assert worker is not None, "the pool was not idle"
+        self._idle.remove(worker)
+        if worker.claim is not None:
+            self._limiter.take(worker.claim)
+        return worker
+
+    def finished(self, worker: Worker, batch: Batch, *, look_on: bool = True) -> None:
+        """A batch is computed: the instance's next one goes first, then this one's answers."""
         worker.outstanding -= 1
         if worker.outstanding == 0 and not worker.retired:
             self._idle.append(worker)
         self._learn(batch, inline=False)
-        self.on_free()
+        if self._limiter is None:
+            if look_on:
+                self.on_free()
+        else:
+            if worker.claim is not None:
+                self._limiter.give_back(worker.claim)
+            self._limiter.wake(self)
         self.finish(batch)
 
     def respond(self, request: InferRequest, response: InferResponse) -> None:
@@ -240,6 +315,8 @@ class InstancePool:
             self.bridge.post(self.deliver, request, response)
 
     def _inline(self, worker: Worker) -> bool:
+        if self._limiter is not None:
+            return False
         if worker.immediate or worker.on_requests or worker.is_async:
             return worker.immediate
         if self._probation:

@@ -72,6 +72,7 @@ class InferRequest:
         "expires_ns",
         "id",
         "inputs",
+        "internal",
         "model_name",
         "model_version",
         "on_cancel",
@@ -120,6 +121,7 @@ class InferRequest:
         self.deadline_ns = deadline_ns
         self.respond = respond
         self.cancelled = False
+        self.internal = False  # made by a running request of this server: served while the server stops
         self.done = False  # the final response was handed over
         self.expires_ns = 0  # when the queue's policy gives up on it; 0: never
         self.signature: object = None  # requests of one batch have equal ones: the shapes that vary

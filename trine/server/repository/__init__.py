@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trine.server.repository.repository import IndexEntry, Repository
+from trine.server.repository.entries import IndexEntry
+from trine.server.repository.repository import Repository
 from trine.server.repository.settings import RepositorySettings
 
 __all__ = ["IndexEntry", "Repository", "RepositorySettings"]

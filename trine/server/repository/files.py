@@ -32,6 +32,10 @@ class ModelFolder:
         """Changes whenever a file of the configuration does; versions have their own."""
         return _signature(self.path, (entry for entry in _entries(self.path) if not is_version(entry.name)))
 
+    def whole_signature(self) -> tuple[Signature, ...]:
+        """Changes whenever anything in the folder does."""
+        return (self.signature(), *(self.version_signature(version) for version in self.versions()))
+
     def version_signature(self, version: str) -> Signature:
         return _signature(self.path, [self.path / version])
 

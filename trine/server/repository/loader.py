@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -14,9 +13,10 @@ from trine.core.errors import ConfigurationError, ModelLoadError
 from trine.server.backends.base import Backend, Device, Host, ModelFiles
 from trine.server.configuration import check_config, complete_config, config_from_json, read_config
 from trine.server.configuration.complete import ENSEMBLE, fill_backend
-from trine.server.model import LoadedModel
+from trine.server.model import LoadedModel, PlacedInstance, Placement
 from trine.server.proto import pb
-from trine.server.repository.files import ModelFolder, chosen_versions
+from trine.server.repository.agents import run_agents
+from trine.server.repository.files import ModelFolder, Signature, chosen_versions
 from trine.server.repository.settings import RepositorySettings
 
 logger = logging.getLogger("trine.server")
@@ -32,8 +32,9 @@ class Plan:
     folder: ModelFolder
     config: ModelConfig
     versions: list[str]
-    files: Path
-    """Where the version directories are: the folder, or a copy with the files of the load request."""
+    signature: Signature
+    """Of the configuration's files, and below of each version's: as they were before they were read."""
+    signatures: dict[str, Signature]
 
 
 class BackendRegistry:
@@ -98,13 +99,9 @@ class Loader:
         self._backends = backends
         self._gpus = gpus
 
-    def plan(self, folder: ModelFolder, override: str | None = None, files: Path | None = None) -> Plan:
-        """Read, complete and check the configuration.
-
-        override: JSON in place of config.pbtxt; files: a folder in place of the model's own
-        """
-        root = files or folder.path
-        where = ModelFolder(folder.name, root, folder.repository)
+    def plan(self, folder: ModelFolder, override: str | None = None) -> Plan:
+        """Read, complete and check the configuration. `override`: JSON in place of config.pbtxt."""
+        signature = folder.signature()
         config = (
             read_config(folder.path, self._settings.config_name)
             if override is None
@@ -116,18 +113,20 @@ class Loader:
                 "name"
             )
         config.name = folder.name
-        available = where.versions()
-        self._complete(config, where, available)
+        available = folder.versions()
+        signatures = {version: folder.version_signature(version) for version in available}
+        self._complete(config, folder, available)
         check_config(config, gpus=self._gpus)
         versions = chosen_versions(config, available)
         if not versions and config.platform == ENSEMBLE:
             versions = ["1"]
+            signatures["1"] = ()
         if not versions:
             raise ModelLoadError(
-                f"at least one version must be available under the version policy of model '{folder.name}': {root} has "
-                f"{', '.join(available) or 'no version directory'}"
+                f"at least one version must be available under the version policy of model '{folder.name}': "
+                f"{folder.path} has {', '.join(available) or 'no version directory'}"
             )
-        return Plan(folder, config, versions, root)
+        return Plan(folder, config, versions, signature, signatures)
 
     def _complete(self, config: ModelConfig, where: ModelFolder, available: list[str]) -> None:
         newest = available[-1] if available else None
@@ -149,35 +148,53 @@ class Loader:
         config = plan.config
         if config.platform == ENSEMBLE:
             return LoadedModel(config, version, plan.folder.path, None)
-        files = ModelFiles(plan.folder.path, plan.files / version, version)
+        files = ModelFiles(plan.folder.path, plan.folder.version_path(version), version)
+        run_agents(config, plan.folder.path)
         backend_model = self._backends.get(config).load(config, files)
         loaded = LoadedModel(config, version, plan.folder.path, backend_model)
         try:
-            for index, (name, device) in enumerate(placements(config)):
-                loaded.instances.append((name, device, backend_model.instance(device, index)))
+            loaded.instances = self.make_instances(loaded, placements(config))
         except BaseException:
             discard(loaded)
             raise
         loaded.load_seconds = monotonic() - began
         return loaded
 
+    def make_instances(self, loaded: LoadedModel, wanted: list[Placement]) -> list[PlacedInstance]:
+        """Instances of a loaded model. They are not started or warmed up yet."""
+        assert loaded.backend_model is not None
+        made: list[PlacedInstance] = []
+        try:
+            for placement in wanted:
+                instance = loaded.backend_model.instance(placement.device, placement.index)
+                made.append(PlacedInstance(placement, instance))
+        except BaseException:
+            close_instances(made)
+            raise
+        return made
+
 
 def discard(loaded: LoadedModel) -> None:
     """Give back what a load that failed on the way has made; asynchronous instances have not been started yet."""
-    for name, _, instance in loaded.instances:
-        try:
-            if not hasattr(instance, "begin"):
-                instance.close()
-        except Exception:
-            logger.exception("instance %s can't be closed", name)
+    close_instances(loaded.instances)
     if loaded.backend_model is not None:
         loaded.backend_model.close()
 
 
-def placements(config: ModelConfig) -> list[tuple[str, Device]]:
-    """Name and device of each instance that the instance groups ask for."""
+def close_instances(instances: list[PlacedInstance]) -> None:
+    """Close instances that were never started."""
+    for placed in instances:
+        try:
+            if not hasattr(placed.instance, "begin"):
+                placed.instance.close()
+        except Exception:
+            logger.exception("instance %s can't be closed", placed.placement.name)
+
+
+def placements(config: ModelConfig) -> list[Placement]:
+    """Where the instance groups put an instance each."""
     kinds = pb.ModelInstanceGroup.Kind
-    found: list[tuple[str, Device]] = []
+    found: list[Placement] = []
     for group in config.instance_group:
         if group.passive:
             continue
@@ -187,7 +204,19 @@ def placements(config: ModelConfig) -> list[tuple[str, Device]]:
         elif group.kind == kinds.Value("KIND_MODEL"):
             devices = [Device("model")]
         for device in devices:
-            for index in range(group.count):
-                suffix = f"_{index}" if device.kind != "cuda" else f"_{index}_gpu{device.index}"
-                found.append((group.name + suffix, device))
+            for number in range(group.count):
+                name = f"{group.name}_{number}"
+                if device.kind == "cuda":
+                    name += f"_gpu{device.index}"
+                found.append(Placement(name, device, len(found), group))
     return found
+
+
+def members(config: ModelConfig | None) -> list[tuple[str, str]]:
+    """Name and version ("": the newest) of each member of an ensemble; none for other models."""
+    if config is None or config.platform != ENSEMBLE:
+        return []
+    return [
+        (step.model_name, str(step.model_version) if step.model_version > 0 else "")
+        for step in config.ensemble_scheduling.step
+    ]

@@ -1,68 +1,53 @@
-"""Which models are served, and how they come and go."""
+"""Which models are served, and how they come and go.
+
+A model that takes another's place is loaded beside it and put in its place in one step of the event loop; the one
+before answers what it has and leaves. A load that fails changes nothing but the reason that the index shows.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import sys
-import tempfile
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-from trine.core.errors import ConfigurationError, ModelLoadError, TrineError
+from trine.core.errors import ModelLoadError, TrineError
 from trine.server.backends.base import Backend, Host
 from trine.server.bridge import LoopBridge
 from trine.server.custom_metrics import CustomMetrics
 from trine.server.errors import Code, ServerError
 from trine.server.journal import Journal
-from trine.server.model import LoadedModel, ServedModel
-from trine.server.repository.files import ModelFolder, Signature, scan
-from trine.server.repository.loader import BackendRegistry, Loader, Plan
+from trine.server.model import LoadedModel, ServedModel, Surroundings
+from trine.server.repository.entries import (
+    LOADING,
+    READY,
+    UNAVAILABLE,
+    UNLOADED,
+    UNLOADING,
+    IndexEntry,
+    ModelEntry,
+    VersionEntry,
+    status_table,
+    version_order,
+)
+from trine.server.repository.files import ModelFolder, Signature
+from trine.server.repository.loader import BackendRegistry, Loader, Plan, members, placements
 from trine.server.repository.settings import RepositorySettings
+from trine.server.repository.sources import Sources, write_files
+from trine.server.repository.watcher import Watcher
 from trine.server.request import InferRequest
+from trine.server.scheduling.rate_limiter import RateLimiter
+from trine.server.scheduling.response_cache import ResponseCache, make_cache
+from trine.server.traffic import TrafficSplit
 
 logger = logging.getLogger("trine.server")
 
-ModelConfig = Any
-
-READY, UNAVAILABLE, LOADING, UNLOADING, UNKNOWN = "READY", "UNAVAILABLE", "LOADING", "UNLOADING", "UNKNOWN"
 _SWITCH_INTERVAL = 0.0002  # seconds a thread may keep the interpreter while another waits for it
-
-
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """A version of a model in the repository, served or not. A model that was never loaded has no version or state."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
-@dataclass(slots=True)
-class VersionEntry:
-    """What became of a version."""
-
-    state: str
-    reason: str = ""
-    model: ServedModel | None = None
-    signature: Signature = ()
-
-
-@dataclass(slots=True)
-class ModelEntry:
-    """A model by its name: its versions, and which of them answers when a request names none."""
-
-    name: str
-    versions: dict[str, VersionEntry] = field(default_factory=dict)
-    ready: list[str] = field(default_factory=list)
-    """Ready versions, by number; shared with the served models."""
-    newest: ServedModel | None = None
-    signature: Signature = ()
-    config: ModelConfig = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Repository:
@@ -75,14 +60,18 @@ class Repository:
         self.live = False
         self._started = False
         self._entries: dict[str, ModelEntry] = {}
+        self._sources = Sources(self.settings.directories)
         self._backends = BackendRegistry(self.settings.backend_settings)
         self._loader = Loader(self.settings, self._backends, count_gpus())
         self._threads = ThreadPoolExecutor(max(1, self.settings.load_threads), thread_name_prefix="load")
-        self._bridge: LoopBridge | None = None
+        self._surroundings: Surroundings | None = None
         self._leaving: set[asyncio.Task[None]] = set()
-        self._overrides: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self._written: dict[str, Path] = {}
+        self._known: set[str] = set()
+        self._watcher: Watcher | None = None
+        self.cache: ResponseCache | None = make_cache(self.settings.cache_size, self.settings.cache_url)
 
-    # --- look-up
+    # Looking up
 
     def model(self, name: str, version: str = "") -> ServedModel:
         """The model that answers requests for `name` and `version` ("": the newest ready one).
@@ -101,33 +90,41 @@ class Repository:
         raise self._no_model(name, version, entry)
 
     def _no_model(self, name: str, version: str, entry: ModelEntry | None) -> ServerError:
+        start = "Request for unknown model: "
         if entry is None or not entry.versions:
-            return ServerError(f"Request for unknown model: '{name}' is not found", Code.NOT_FOUND)
+            return ServerError(f"{start}'{name}' is not found", Code.NOT_FOUND)
         if not version:
-            return ServerError(f"Request for unknown model: '{name}' has no available versions", Code.NOT_FOUND)
+            return ServerError(f"{start}'{name}' has no available versions", Code.NOT_FOUND)
         if version not in entry.versions:
-            return ServerError(f"Request for unknown model: '{name}' version {version} is not found", Code.NOT_FOUND)
-        return ServerError(
-            f"Request for unknown model: '{name}' version {version} is not at ready state", Code.UNAVAILABLE
-        )
+            return ServerError(f"{start}'{name}' version {version} is not found", Code.NOT_FOUND)
+        return ServerError(f"{start}'{name}' version {version} is not at ready state", Code.UNAVAILABLE)
 
     def index(self, ready: bool = False) -> list[IndexEntry]:
         """Every version of every model; `ready`: only those that answer requests."""
         found = []
-        for name in sorted(self._entries):
-            entry = self._entries[name]
-            for version in sorted(entry.versions, key=_version_order):
+        for name in sorted({*self._entries, *self._known}):
+            entry = self._entries.get(name)
+            if entry is None or not entry.versions:
+                if not ready:
+                    found.append(IndexEntry(name, "", "", ""))
+                continue
+            for version in sorted(entry.versions, key=version_order):
                 state = entry.versions[version]
                 if not ready or state.state == READY:
                     found.append(IndexEntry(name, version, state.state, state.reason))
         return found
 
     def is_ready(self, name: str, version: str = "") -> bool:
-        """Whether a request for it would be served."""
+        """Whether a request for it would be served: of an ensemble, by its members too."""
         try:
-            return not self.model(name, version).stopping
+            model = self.model(name, version)
         except ServerError:
             return False
+        return not model.stopping and all(self.is_ready(member, needed) for member, needed in members(model.config))
+
+    async def ask_ready(self, name: str, version: str = "") -> bool:
+        """As `is_ready`, and the model's instances, where they can tell, say so too."""
+        return self.is_ready(name, version) and await self.model(name, version).ask_ready()
 
     @property
     def ready(self) -> bool:
@@ -137,7 +134,7 @@ class Repository:
         if not self.settings.strict_readiness:
             return True
         return all(
-            state.state == READY or state.reason == "unloaded"
+            state.state == READY or state.reason == UNLOADED
             for entry in self._entries.values()
             for state in entry.versions.values()
         )
@@ -147,65 +144,106 @@ class Repository:
         return [
             state.model
             for _, entry in sorted(self._entries.items())
-            for _, state in sorted(entry.versions.items(), key=lambda item: _version_order(item[0]))
+            for _, state in sorted(entry.versions.items(), key=lambda item: version_order(item[0]))
             if state.model is not None
         ]
 
-    # --- life
+    def explain(self, request_id: str) -> list[dict[str, object]]:
+        """What happened to the recent requests of this id, oldest first: see `Journal`."""
+        return self.journal.find(request_id)
+
+    # Life
 
     async def start(self) -> None:
         """Load what is to be served. ModelLoadError where a model fails and `exit_on_error` is set."""
         sys.setswitchinterval(min(_SWITCH_INTERVAL, sys.getswitchinterval()))
-        loop = asyncio.get_running_loop()
-        self._bridge = LoopBridge(loop)
-        self._backends.host = Host(loop, self, self.metrics)
+        settings = self.settings
+        await self._in_thread(self._sources.check)
+        self._attach(asyncio.get_running_loop())
         self.live = True
-        failures = await self._load_all(self._scan())
+        if settings.control_mode == "poll":
+            self._watcher = Watcher(self._sources, settings.poll_seconds, self._follow)
+            await self._watcher.remember(self._threads)
+        folders, twice = await self._in_thread(self._sources.folders)
+        self._known = set(folders)
+        chosen = self._chosen_at_start(folders)
+        failures = self._refuse_duplicates(twice) if not settings.namespacing else []
+        wanted = {name: folder for name, folder in folders.items() if name in chosen and name not in twice}
+        failures += [f"{name}: there is no folder of this name" for name in chosen if name not in folders]
+        failures += await self._load_all(wanted)
         self._started = True
-        if failures and self.settings.exit_on_error:
+        if self._known or self._entries:
+            logger.info("models:\n%s", status_table(self.index()))
+        if failures and settings.exit_on_error:
             raise ModelLoadError(f"failed to load all models: {'; '.join(failures)}")
+        if self._watcher is not None:
+            self._watcher.start()
+
+    def _attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._backends.host = Host(loop, self, self.metrics)
+        limiter = RateLimiter(self.settings.rate_limit_resources) if self.settings.rate_limit else None
+        self._surroundings = Surroundings(LoopBridge(loop), self.journal, self, limiter, self.cache)
+
+    def _chosen_at_start(self, folders: Mapping[str, ModelFolder]) -> list[str]:
+        if self.settings.control_mode != "explicit":
+            return list(folders)
+        if self.settings.load_models == ("*",):
+            return list(folders)
+        return list(self.settings.load_models)
+
+    def _refuse_duplicates(self, twice: Mapping[str, list[str]]) -> list[str]:
+        failures = []
+        for name, repositories in twice.items():
+            reason = f"the model is in more than one repository: {', '.join(repositories)}; keep one of them"
+            self._entries[name] = ModelEntry(name, {"": VersionEntry(UNAVAILABLE, reason)})
+            failures.append(f"{name}: {reason}")
+        return failures
 
     async def close(self, timeout: float | None = None) -> None:
         """Take no more requests, let running ones finish for up to `timeout` seconds, free everything."""
         timeout = self.settings.drain_seconds if timeout is None else timeout
         self._started = False
-        models = self.models()
-        await asyncio.gather(*(self._leave(model, timeout) for model in models))
+        if self._watcher is not None:
+            await self._watcher.stop()
+        await self._leave_in_order(self.models(), timeout)
         if self._leaving:
             await asyncio.gather(*self._leaving)
         self.live = False
         self._entries.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for folder in self._overrides.values():
-            folder.cleanup()
+        self._sources.close()
+        for folder in self._written.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.cache is not None:
+            await self.cache.close()
+
+    async def _leave_in_order(self, models: list[ServedModel], timeout: float) -> None:
+        """Ensembles, then Python models, then the others: running requests of the former may need the latter."""
+        for model in models:
+            model.refuse_clients()
+        stages: list[list[ServedModel]] = [[], [], []]
+        for model in models:
+            stages[0 if members(model.config) else 1 if model.config.backend == "python" else 2].append(model)
+        deadline = monotonic() + timeout
+        for stage in stages:
+            left = max(0.0, deadline - monotonic())
+            await asyncio.gather(*(self._leave(model, left) for model in stage))
 
     def add_backend(self, backend: Backend) -> None:
         """Make a back end known by its name."""
         self._backends.add(backend)
 
-    async def register_model(self, config: ModelConfig, loaded: LoadedModel) -> ServedModel:
+    async def register_model(self, loaded: LoadedModel) -> ServedModel:
         """Serve a model that does not come from a folder."""
-        entry = self._entries.setdefault(config.name, ModelEntry(config.name))
+        if self._surroundings is None:
+            self._attach(asyncio.get_running_loop())
+            self.live = self._started = True
+        entry = self._entries.setdefault(loaded.config.name, ModelEntry(loaded.config.name, explicit=True))
         async with entry.lock:
+            entry.config = loaded.config
             return await self._serve(entry, loaded, ())
 
-    # --- loading
-
-    def _scan(self) -> dict[str, ModelFolder]:
-        return {folder.name: folder for folder in scan((path, Path(path)) for path in self.settings.directories)}
-
-    async def _load_all(self, folders: dict[str, ModelFolder]) -> list[str]:
-        """Load these models; returns what went wrong."""
-        results = await asyncio.gather(
-            *(self._load_folder(folder) for folder in folders.values()), return_exceptions=True
-        )
-        failures = []
-        for folder, result in zip(folders.values(), results, strict=True):
-            if isinstance(result, TrineError):
-                failures.append(f"{folder.name}: {result.message}")
-            elif isinstance(result, BaseException):
-                raise result
-        return failures
+    # Loading
 
     async def load(self, name: str, config: str | None = None, files: dict[str, bytes] | None = None) -> None:
         """Load a model, or take up what has changed in it. ServerError: not allowed, not there, or not loadable.
@@ -213,85 +251,176 @@ class Repository:
         config: JSON in place of config.pbtxt; files: by path within the model's folder ("1/model.onnx"), in its place.
         """
         self._require_explicit()
-        folder = self._scan().get(name)
-        if folder is None:
+        if files and config is None:
             raise ServerError(
-                f"failed to load '{name}', failed to poll from model repository: there is no folder of this name",
-                Code.INVALID_ARGUMENT,
+                f"failed to load '{name}', override model directory without config override is not allowed: give the "
+                "parameter 'config' with the files"
             )
+        folders, _ = await self._in_thread(self._sources.folders)
+        self._known = set(folders)
+        written = await self._in_thread(write_files, name, files) if files else None
+        folder = ModelFolder(name, written, "") if written is not None else folders.get(name)
+        if folder is None:
+            raise ServerError(f"failed to load '{name}', failed to poll from model repository")
         try:
-            await self._load_folder(folder, config)
+            await self._load_with_members(folder, folders, config)
         except TrineError as error:
+            if written is not None:
+                shutil.rmtree(written, ignore_errors=True)
             raise ServerError(f"failed to load '{name}', {error.message}") from error
+        self._entries[name].explicit = True
+        self._keep_written(name, written)
+
+    def _keep_written(self, name: str, written: Path | None) -> None:
+        """Files of a load request stay for as long as the model is served from them."""
+        before = self._written.pop(name, None)
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+        if written is not None:
+            self._written[name] = written
 
     async def unload(self, name: str, dependents: bool = False) -> None:
-        """Stop serving a model; running requests finish."""
+        """Stop serving a model; running requests finish. `dependents`: an ensemble's members too, unless needed."""
         self._require_explicit()
         entry = self._entries.get(name)
         if entry is None:
             return
+        needed = members(entry.config) if entry.config is not None else []
+        await self._withdraw_all(entry)
+        entry.explicit = False
+        if not dependents:
+            return
+        for member, _ in needed:
+            found = self._entries.get(member)
+            if found is not None and not found.explicit and not self._is_needed(member):
+                await self.unload(member, dependents=True)
+
+    def _is_needed(self, name: str) -> bool:
+        """Whether a served ensemble has this model as a member."""
+        return any(name == member for model in self.models() for member, _ in members(model.config))
+
+    async def _withdraw_all(self, entry: ModelEntry) -> None:
         async with entry.lock:
             for version in list(entry.versions):
                 self._withdraw(entry, version)
+            entry.config = None
 
     def _require_explicit(self) -> None:
         if self.settings.control_mode != "explicit":
             raise ServerError("explicit model load / unload is not allowed if polling is enabled", Code.UNAVAILABLE)
 
-    async def _load_folder(self, folder: ModelFolder, override: str | None = None) -> None:
+    async def _load_all(self, folders: Mapping[str, ModelFolder]) -> list[str]:
+        """Load these models, ensembles after the others; returns what went wrong."""
+        failures: list[str] = []
+        plans: list[Plan] = []
+        results = await asyncio.gather(*(self._plan(folder) for folder in folders.values()), return_exceptions=True)
+        for folder, result in zip(folders.values(), results, strict=True):
+            if isinstance(result, Plan):
+                plans.append(result)
+            else:
+                failures.append(f"{folder.name}: {_message(result)}")
+        ordered = _in_dependency_order(plans)
+        for stage in ordered:
+            done = await asyncio.gather(*(self._take_up(plan) for plan in stage), return_exceptions=True)
+            for plan, failure in zip(stage, done, strict=True):
+                if failure is not None:
+                    failures.append(f"{plan.folder.name}: {_message(failure)}")
+        return failures
+
+    async def _load_with_members(
+        self, folder: ModelFolder, folders: Mapping[str, ModelFolder], override: str | None = None
+    ) -> None:
+        """Load a model; of an ensemble, first the members that are not served yet."""
+        plan = await self._plan(folder, override)
+        for member, version in members(plan.config):
+            if not self.is_ready(member, version) and member in folders and member != folder.name:
+                await self._load_with_members(folders[member], folders)
+        await self._take_up(plan)
+
+    async def _plan(self, folder: ModelFolder, override: str | None = None) -> Plan:
+        try:
+            plan: Plan = await self._in_thread(self._loader.plan, folder, override)
+        except Exception as error:
+            failure = error if isinstance(error, TrineError) else ModelLoadError(f"{type(error).__name__}: {error}")
+            self._note_failure(folder, failure.message)
+            raise failure from error
+        return plan
+
+    def _note_failure(self, folder: ModelFolder, reason: str) -> None:
+        """A configuration can't be used: what is served stays, what is not says why."""
+        logger.error("model %s can't be loaded: %s", folder.name, reason)
         entry = self._entries.setdefault(folder.name, ModelEntry(folder.name))
-        async with entry.lock:
-            try:
-                plan = await self._in_thread(self._loader.plan, folder, override)
-            except TrineError as error:
-                self._note_failure(entry, folder, error)
-                raise
-            await self._take_up(entry, plan)
-
-    def _note_failure(self, entry: ModelEntry, folder: ModelFolder, error: TrineError) -> None:
-        """A model whose configuration can't be used: what is served stays, what is not says why."""
-        logger.error("model %s can't be loaded: %s", folder.name, error.message)
         if entry.newest is None:
-            for version in folder.versions() or [""]:
-                entry.versions[version] = VersionEntry(UNAVAILABLE, error.message)
+            versions = folder.versions() or [""]
+            entry.versions = {version: VersionEntry(UNAVAILABLE, reason) for version in versions}
+        else:
+            for state in entry.versions.values():
+                state.reason = f"a newer configuration can't be loaded: {reason}"
 
-    async def _take_up(self, entry: ModelEntry, plan: Plan) -> None:
+    async def _take_up(self, plan: Plan) -> None:
         """Serve a plan: load versions that are new or have changed, withdraw those that are not in it any more."""
-        failures: list[TrineError] = []
-        same_config = entry.config is not None and entry.config == plan.config
-        for version in plan.versions:
-            signature = await self._in_thread(plan.folder.version_signature, version)
-            known = entry.versions.get(version)
-            if known is not None and known.model is not None and same_config and known.signature == signature:
-                continue
-            try:
-                await self._load_version(entry, plan, version, signature)
-            except TrineError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
-        entry.config = plan.config
-        for version in [version for version in entry.versions if version not in plan.versions]:
-            self._withdraw(entry, version)
+        entry = self._entries.setdefault(plan.folder.name, ModelEntry(plan.folder.name))
+        async with entry.lock:
+            failures: list[str] = []
+            same = entry.config is not None and entry.files == plan.signature and entry.config == plan.config
+            resized = not same and entry.config is not None and _differ_in_instances_only(entry, plan)
+            for version in plan.versions:
+                signature = plan.signatures[version]
+                known = entry.versions.get(version)
+                unchanged = known is not None and known.model is not None and known.signature == signature
+                try:
+                    if unchanged and same:
+                        known.reason = ""  # type: ignore[union-attr]
+                    elif unchanged and resized:
+                        await self._resize(known.model, plan)  # type: ignore[union-attr, arg-type]
+                    else:
+                        await self._load_version(entry, plan, version, signature)
+                except TrineError as error:
+                    failures.append(f"version {version} is at UNAVAILABLE state: {error.message};")
+            if failures:
+                raise ModelLoadError(f"load failed for model '{entry.name}': {' '.join(failures)}")
+            entry.config, entry.files = plan.config, plan.signature
+            for version in [version for version in entry.versions if version not in plan.versions]:
+                self._withdraw(entry, version)
+
+    async def _resize(self, model: ServedModel, plan: Plan) -> None:
+        """Only instance groups have changed: instances come and go, the weights and the queue stay."""
+        fresh, surplus = model.compare_instances(placements(plan.config))
+        made = await self._in_thread(self._loader.make_instances, model.loaded, fresh)
+        await model.resize(plan.config, made, surplus)
 
     async def _load_version(self, entry: ModelEntry, plan: Plan, version: str, signature: Signature) -> None:
         known = entry.versions.get(version)
-        if known is None or known.model is None:
+        served = known is not None and known.model is not None
+        if not served:
             entry.versions[version] = VersionEntry(LOADING)
         try:
-            loaded = await self._in_thread(self._loader.load, plan, version)
+            loaded = await self._load_with_retries(plan, version)
             await self._serve(entry, loaded, signature)
         except Exception as error:
             failure = error if isinstance(error, TrineError) else ModelLoadError(f"{type(error).__name__}: {error}")
             logger.error("model %s version %s can't be loaded: %s", entry.name, version, failure.message)
-            if known is None or known.model is None:
+            if served:
+                known.reason = f"a newer state of its files can't be loaded: {failure.message}"  # type: ignore[union-attr]
+            else:
                 entry.versions[version] = VersionEntry(UNAVAILABLE, failure.message)
             raise failure from error
 
+    async def _load_with_retries(self, plan: Plan, version: str) -> LoadedModel:
+        for attempt in range(self.settings.load_retries, -1, -1):
+            try:
+                loaded: LoadedModel = await self._in_thread(self._loader.load, plan, version)
+                return loaded
+            except Exception:
+                if not attempt:
+                    raise
+                logger.warning("model %s version %s: loading failed, one more attempt", plan.folder.name, version)
+        raise AssertionError("unreachable")
+
     async def _serve(self, entry: ModelEntry, loaded: LoadedModel, signature: Signature) -> ServedModel:
         """Put a loaded version in the place of the one before it, in one step; that one leaves when it is done."""
-        assert self._bridge is not None, "start the repository first"
-        model = ServedModel(loaded, self._bridge, self.journal, entry.ready)
+        assert self._surroundings is not None, "start the repository first"
+        model = ServedModel(loaded, self._surroundings, entry.ready)
         try:
             await model.start()
         except BaseException:
@@ -299,29 +428,30 @@ class Repository:
             raise
         before = entry.versions.get(loaded.version)
         entry.versions[loaded.version] = VersionEntry(READY, "", model, signature)
-        self._renew(entry)
+        entry.renew()
         if before is not None and before.model is not None:
+            model.follow(before.model)
             self._retire(before.model)
+        self._evict(keep=entry.name)
         return model
 
     def _withdraw(self, entry: ModelEntry, version: str) -> None:
         """Stop serving a version."""
         state = entry.versions[version]
-        model = state.model
-        if model is None:
+        if state.model is None:
+            if state.state != UNLOADING:
+                del entry.versions[version]
             return
-        entry.versions[version] = VersionEntry(UNLOADING)
-        self._renew(entry)
-        self._retire(model, lambda: entry.versions.update({version: VersionEntry(UNAVAILABLE, "unloaded")}))
+        leaving = entry.versions[version] = VersionEntry(UNLOADING)
+        entry.renew()
 
-    def _renew(self, entry: ModelEntry) -> None:
-        """After versions came or went: the list of the ready ones and the newest."""
-        entry.ready[:] = sorted(
-            (v for v, state in entry.versions.items() if state.model is not None), key=_version_order
-        )
-        entry.newest = entry.versions[entry.ready[-1]].model if entry.ready else None
+        def gone() -> None:
+            if entry.versions.get(version) is leaving:
+                entry.versions[version] = VersionEntry(UNAVAILABLE, UNLOADED)
 
-    def _retire(self, model: ServedModel, done: Any = None) -> None:
+        self._retire(state.model, gone)
+
+    def _retire(self, model: ServedModel, done: Callable[[], None] | None = None) -> None:
         """Let a model that is not looked up any more finish what it has, then free it."""
         model.successor = self._forward
 
@@ -342,12 +472,111 @@ class Repository:
         """A request that had found a model just before another took its place."""
         self.model(request.model_name, request.model_version).submit(request)
 
-    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+    # Following the folders, and loading on demand
+
+    async def _follow(self, changed: Mapping[str, ModelFolder], gone: set[str], known: set[str]) -> None:
+        """Poll mode: folders have changed, or are gone."""
+        self._known = known
+        for name in gone:
+            entry = self._entries.get(name)
+            if entry is not None:
+                await self._withdraw_all(entry)
+        for failure in await self._load_all(changed):
+            logger.error("still served as before, where it was: %s", failure)
+
+    @property
+    def loads_on_demand(self) -> bool:
+        """Whether models are loaded when they are asked for: `await ensure(name)`, then `model(name)`."""
+        return self.settings.max_loaded > 0
+
+    async def ensure(self, name: str) -> None:
+        """Load a model that is asked for, if it can be. Nothing happens to one that is served."""
+        entry = self._entries.get(name)
+        if not self.loads_on_demand or (entry is not None and entry.newest is not None):
+            return
+        folders, _ = await self._in_thread(self._sources.folders)
+        if name in folders:
+            try:
+                await self._load_with_members(folders[name], folders)
+            except TrineError as error:
+                raise ServerError(f"failed to load '{name}', {error.message}", Code.UNAVAILABLE) from error
+
+    def _evict(self, keep: str) -> None:
+        """Unload the models that were used least recently, those with requests aside, until `max_loaded` are left."""
+        if not self.loads_on_demand:
+            return
+        served = [entry for entry in self._entries.values() if entry.newest is not None]
+        surplus = len(served) - self.settings.max_loaded
+        for entry in sorted(served, key=lambda entry: entry.last_used_ms):
+            if surplus <= 0:
+                return
+            if entry.name == keep or entry.lock.locked() or entry.busy or self._is_needed(entry.name):
+                continue
+            for version in list(entry.versions):
+                self._withdraw(entry, version)
+            entry.config = None
+            surplus -= 1
+
+    # Traffic
+
+    def traffic(self, name: str) -> TrafficSplit | None:
+        """How requests that name no version are spread over a model's versions; None: all go to the newest."""
+        entry = self._entry(name)
+        return entry.traffic
+
+    def set_traffic(self, name: str, split: TrafficSplit | None) -> None:
+        """Spread requests that name no version. ServerError where a version is not served."""
+        entry = self._entry(name)
+        if split is not None:
+            split.attach(lambda version: self.model(name, version), entry.ready)
+        entry.traffic = split
+        entry.renew()
+
+    def _entry(self, name: str) -> ModelEntry:
+        entry = self._entries.get(name)
+        if entry is None or entry.newest is None:
+            raise self._no_model(name, "", entry)
+        return entry
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 
-def _version_order(version: str) -> tuple[int, str]:
-    return (int(version) if version.isdigit() else -1, version)
+def _message(error: object) -> str:
+    if isinstance(error, TrineError):
+        return error.message
+    assert isinstance(error, BaseException)
+    if not isinstance(error, Exception):
+        raise error
+    return f"{type(error).__name__}: {error}"
+
+
+def _in_dependency_order(plans: list[Plan]) -> list[list[Plan]]:
+    """Stages to load one after the other: models, then ensembles of them, then ensembles of those."""
+    remaining = {plan.folder.name: plan for plan in plans}
+    stages: list[list[Plan]] = []
+    while remaining:
+        stage = [
+            plan
+            for name, plan in remaining.items()
+            if not any(member in remaining and member != name for member, _ in members(plan.config))
+        ]
+        stage = stage or list(remaining.values())  # a circle: each fails with what it lacks
+        stages.append(stage)
+        for plan in stage:
+            del remaining[plan.folder.name]
+    return stages
+
+
+def _differ_in_instances_only(entry: ModelEntry, plan: Plan) -> bool:
+    """Whether instance groups are all that a new configuration changes."""
+    before, after = type(plan.config)(), type(plan.config)()
+    before.CopyFrom(entry.config)
+    after.CopyFrom(plan.config)
+    before.ClearField("instance_group")
+    after.ClearField("instance_group")
+    same: bool = before == after
+    return same and not members(plan.config)
 
 
 def count_gpus() -> int:
@@ -357,6 +586,3 @@ def count_gpus() -> int:
     except ImportError:
         return 0
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-__all__ = ["ConfigurationError", "IndexEntry", "Repository"]
