@@ -10,6 +10,9 @@ The walk starts at a multiple of `kv_block`, so that a row's sums do not depend 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import triton
@@ -39,6 +42,17 @@ def _tuning(head_dim: int, dtype: torch.dtype) -> PrefillTuning:
     return PrefillTuning()
 
 
+@cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The kernel for Hopper GPUs, on one with a Triton that has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("trine.kernels.triton.hopper_attention")
+    except ImportError:
+        return None
+
+
 @triton.jit
 def _attend(
     q, m, sums, acc, k_cache_ptr, v_cache_ptr, table_row_ptr, position, stop, row_positions, window, scale,
@@ -57,6 +71,8 @@ def _attend(
         kv_mask = kv_mask & (dims < head_dim)[None, :]
     k = tl.load(k_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
     v = tl.load(v_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+    k = k.to(q.dtype)  # from a float8 cache
+    v = v.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if masked:
         visible = positions[None, :] <= row_positions[:, None]
@@ -145,7 +161,14 @@ def prefill_attention(
     out: torch.Tensor,
     tuning: PrefillTuning | None = None,
 ) -> None:
-    """Attention of the rows of q [T, Hq, D] from `batch.num_decodes` on, into those of out [T, Hq * D]."""
+    """Attention of the rows of q [T, Hq, D] from `batch.num_decodes` on, into those of out [T, Hq * D].
+
+    Without a `tuning`, Hopper's own kernel runs where it can.
+    """
+    hopper = _hopper(q.device) if tuning is None else None
+    if hopper is not None and hopper.supports(q, k_cache):
+        hopper.hopper_prefill_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+        return
     num_tokens, num_heads, head_dim = q.shape
     tuning = tuning or _tuning(head_dim, q.dtype)
     _, num_kv_heads, block_size, _ = k_cache.shape
