@@ -1,8 +1,8 @@
 """Instances of a model: each computes one batch at a time, in a thread of its own.
 
 A batch whose computation takes less than handing it to another thread does is computed in the event loop instead.
-While all instances are busy, one further batch lies ready at each, if it is full: the instance goes on without waiting
-for the event loop's turn.
+While all instances are busy, full batches lie ready for whichever is done first: it goes on without waiting for the
+event loop's turn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -30,6 +31,7 @@ Instance = BatchInstance | RequestInstance | AsyncInstance
 _INLINE_NS = 200_000  # computations that take less than this run in the event loop
 _TOO_LONG_NS = 1_000_000  # one that took this long there sends the next _PROBATION to a thread
 _PROBATION = 256
+_SHORT_NS = 20_000_000  # batches wait at one asynchronous instance only if it computes in less
 _FIRST_IN_THREAD = 4  # the first executions allocate and tune: they don't count
 
 
@@ -132,8 +134,15 @@ class Worker:
     def _run(self) -> None:
         pool = self._pool
         while (batch := self._inbox.get()) is not None:
-            self.compute(batch, pool.respond)
-            pool.bridge.post(pool.finished, self, batch)
+            following: Batch | None = batch
+            while following is not None:
+                batch = following
+                self.compute(batch, pool.respond)
+                following = pool.next_ready()
+                if following is None:
+                    pool.bridge.post(pool.finished, self, batch)
+                else:
+                    pool.bridge.post(pool.went_on, self, batch)
             del batch  # its tensors would live until the next one
 
     def _done(self, batch: Batch, input_end_ns: int, output_start_ns: int) -> None:
@@ -203,6 +212,7 @@ class InstancePool:
         """Whether a full batch may wait at a busy instance."""
         self._limiter = limiter
         self._idle: list[Worker] = []
+        self._ready: deque[Batch] = deque()
         self._loop_thread = threading.get_ident()
         self._recent_ns = _INLINE_NS
         self._executions = 0
@@ -258,11 +268,35 @@ class InstancePool:
     def outstanding(self) -> int:
         return sum(worker.outstanding for worker in self.workers)
 
-    def takes_full(self) -> Worker | None:
-        """A busy instance at which a full batch may wait."""
-        if not self.ahead:
+    def takes_full(self) -> bool:
+        """Whether a full batch may be made ready while all instances are busy."""
+        if not self.ahead or not self.workers:
+            return False
+        if self.workers[0].is_async:
+            return self._recent_ns < _SHORT_NS and any(worker.outstanding == 1 for worker in self.workers)
+        return len(self._ready) < len(self.workers)
+
+    def run_next(self, batch: Batch) -> None:
+        """Compute a full batch on the instance that is done first."""
+        if self.workers[0].is_async:
+            worker = next(worker for worker in self.workers if worker.outstanding == 1)
+            worker.outstanding += 1
+            worker.hand(batch)
+        else:
+            self._ready.append(batch)
+
+    def next_ready(self) -> Batch | None:
+        """A batch that lies ready; called by instances' threads too."""
+        try:
+            return self._ready.popleft()
+        except IndexError:
             return None
-        return next((worker for worker in self.workers if worker.outstanding == 1), None)
+
+    def went_on(self, worker: Worker, batch: Batch) -> None:
+        """A thread has computed a batch and goes on with one that lay ready."""
+        self._learn(batch, inline=False)
+        self.on_free()
+        self.finish(batch)
 
     def run(self, batch: Batch, worker: Worker | None = None) -> None:
         """Compute on `worker`, or on an idle instance: there must be one."""
@@ -295,8 +329,13 @@ class InstancePool:
     def finished(self, worker: Worker, batch: Batch, *, look_on: bool = True) -> None:
         """A batch is computed: the instance's next one goes first, then this one's answers."""
         worker.outstanding -= 1
-        if worker.outstanding == 0 and not worker.retired:
-            self._idle.append(worker)
+        if worker.outstanding == 0:
+            following = self.next_ready()  # made ready just after the thread had looked
+            if following is not None:
+                worker.outstanding = 1
+                worker.hand(following)
+            elif not worker.retired:
+                self._idle.append(worker)
         self._learn(batch, inline=False)
         if self._limiter is None:
             if look_on:

@@ -100,18 +100,18 @@ class DynamicScheduler:
         pool = self._pool
         began = 0
         while self._queue.only or len(self._queue):
-            worker = None
-            if not pool.idle:
-                if not self._max_rows or self._waits or (worker := pool.takes_full()) is None:
-                    return
-                if not self._full_batch_waits():
-                    return
+            idle = pool.idle
+            if not idle and not (self._simple and pool.takes_full() and self._full_batch_waits()):
+                return
             batch = self._form_simply() if self._simple else self._form()
             if batch is None:
                 return
             if self._started is not None:
                 self._started(batch)
-            pool.run(batch, worker)
+            if not idle:
+                pool.run_next(batch)
+                continue
+            pool.run(batch)
             if not began:
                 began = batch.start_ns or 1
             elif batch.end_ns - began > _TURN_NS and began > 1:
@@ -124,15 +124,8 @@ class DynamicScheduler:
             self._loop.call_soon(self._pump_now)
 
     def _full_batch_waits(self) -> bool:
-        """Whether waiting could not make the next batch any larger."""
-        if len(self._queue) >= self._max_rows:
-            return True
-        rows = 0
-        for request in self._queue:
-            rows += request.batch_size
-            if rows >= self._max_rows:
-                return True
-        return False
+        """Whether waiting could not make the next batch any larger. Requests have a row at least."""
+        return bool(self._max_rows) and len(self._queue.only) >= self._max_rows
 
     def _form_simply(self) -> Batch | None:
         """The first requests of the only queue, as many as fit."""
