@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from trine.server.request import InferRequest, InferResponse, RequestedOutput
 from trine.server.tensors import Tensor
 
 T = TypeVar("T")
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, np.ndarray[Any, Any] | Tensor]
 SECONDS = 60.0
 
 
@@ -27,7 +27,9 @@ class Asked:
     def __init__(self, loop: asyncio.AbstractEventLoop, model: str, inputs: Arrays, **options: Any) -> None:
         self.responses: list[InferResponse] = []
         self.finished: asyncio.Future[None] = loop.create_future()
-        tensors = {name: Tensor.of(name, array) for name, array in inputs.items()}
+        tensors = {
+            name: array if isinstance(array, Tensor) else Tensor.of(name, array) for name, array in inputs.items()
+        }
         self.request = InferRequest(model, tensors, self._respond, **options)
 
     def _respond(self, response: InferResponse) -> None:
@@ -66,6 +68,14 @@ class Served:
 
     def sleep(self, seconds: float) -> None:
         self.run(asyncio.sleep(seconds))
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call something in the event loop's thread, while the loop runs."""
+
+        async def call() -> None:
+            function()
+
+        self.run(call())
 
     def submit(self, model: str, inputs: Arrays, *, version: str = "", **options: Any) -> Asked:
         """Begin a request; ServerError where it is refused at once."""

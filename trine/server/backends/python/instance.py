@@ -83,6 +83,7 @@ class PythonInstance:
         self._recycling = False
         self._closing = False
         self._starts = 0
+        self._start_failed = False
         self._started_at = 0.0
         self._failure = "it has not been started"
         self._restart: asyncio.Task[None] | None = None
@@ -139,6 +140,7 @@ class PythonInstance:
         self._closing = True
         if self._restart is not None:
             self._restart.cancel()
+            await asyncio.gather(self._restart, return_exceptions=True)
         if self._process is not None:
             await self._process.close(self._options.timeout)
         self._fail_waiting(ServerError(f"model instance '{self.name}' was unloaded", Code.UNAVAILABLE))
@@ -163,6 +165,8 @@ class PythonInstance:
             )
             return
         recycled, self._recycling = self._recycling, False
+        if recycled:
+            self._starts = 0
         if self._open or self._batches or not (self._closing or recycled):
             logger.error(
                 "model instance '%s': its process %s; %d requests fail, it is started again",
@@ -184,10 +188,11 @@ class PythonInstance:
             try:
                 await self.start()
             except ModelLoadError as error:
-                self._failure = str(error)
+                self._failure, self._start_failed = f"could not start: {error}", True
                 logger.error("model instance '%s' can't be started again: %s", self.name, error)
                 self._fail_waiting(self._unavailable())
             else:
+                self._start_failed = False
                 break
         waiting, self._waiting = self._waiting, deque()
         for batch in waiting:
@@ -206,7 +211,7 @@ class PythonInstance:
         batch = _Batch(requests, respond, done)
         if self.alive and not self._recycling:
             self._submit(batch)
-        elif self._starts > len(_RESTART_PAUSES_S) // 2 or self._closing:
+        elif self._start_failed or self._closing:
             self._waiting.append(batch)
             self._fail_waiting(self._unavailable())
         else:
@@ -270,9 +275,15 @@ class PythonInstance:
         batch.done(now, now)
 
     def _fail_open(self, reason: str) -> None:
-        """Everything that the process held fails."""
+        """What the process was at fails; batches that it had not come to wait for the next process."""
+        begun, self._batches = self._batches, deque()
+        batches = [begun.popleft()] if begun else []
+        for batch in begun:
+            for slot in batch.slots:
+                del self._open[slot]
+            batch.slots.clear()
+        self._waiting.extendleft(reversed(begun))
         entries, self._open = list(self._open.values()), {}
-        batches, self._batches = self._batches, deque()
         error = ServerError(
             f"Failed to process the request(s) for model instance '{self.name}', message: Stub process '{self.name}' "
             f"is not healthy: it {reason}.",
@@ -322,12 +333,12 @@ class PythonInstance:
         elif kind == wire.HELLO:
             assert self._hello is not None
             self._hello.cancel()
+        elif self._ready is None or self._ready.done():
+            return  # whoever waited for this is gone
         elif kind == wire.READY:
             self._has_readiness = message[1]
-            assert self._ready is not None
             self._ready.set_result(None)
         elif kind == wire.FAILED:
-            assert self._ready is not None
             self._ready.set_exception(ServerError(message[1], Code.INTERNAL))
 
     def _on_done(self, block: wire.Block, responses: list[Any] | None, error: str | None) -> None:

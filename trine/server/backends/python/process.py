@@ -155,6 +155,8 @@ class ModelProcess:
                 message = self._receiver.receive()
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                message = None
             except (OSError, ValueError, EOFError, TypeError) as error:
                 logger.error("%s sends what is no message (%s): its process is killed", self.name, error)
                 self._stop_reading()

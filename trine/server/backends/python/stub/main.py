@@ -189,10 +189,8 @@ class Runner:
                 self._done_without_responses(requests)
             else:
                 self._respond(requests, self._checked(requests, returned))
-        except BaseException as error:
+        except BaseException as error:  # sys.exit() too: the model's process is not its own to end
             self._fail(requests, error)
-            if isinstance(error, SystemExit | KeyboardInterrupt):
-                raise
 
     def _checked(self, requests: list[InferenceRequest], responses: Any) -> list[Any]:
         """The list that `execute` returned; TritonModelException where it is not what it has to be."""
