@@ -1,4 +1,4 @@
-"""`trine serve`: a model over HTTP."""
+"""`trine serve`: a model over HTTP, or a repository of models over HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import argparse
 import os
 
 from trine.cli.options import MODEL_HELP, add_engine_options, engine_options, positive, size
+from trine.cli.repository_options import (
+    add_repository_options,
+    repository_settings,
+    server_settings,
+    warn_without_effect,
+)
 
-USAGE = "MODEL [options]"
+USAGE = "MODEL [options]  or  --model-repository DIR [options]"
 
 DESCRIPTION = """\
 Serve a model over HTTP with OpenAI's API, and a playground page at /.
 
 Nothing has to be set: concurrent requests are batched, shared beginnings of prompts are computed once, and the limits
 come from the memory that is there; they are printed at start. Ctrl-C (or SIGTERM) lets running requests finish.
+
+With --model-repository, serve a Triton model repository: the KServe v2 protocol over HTTP and gRPC, and metrics.
 """
 
 EXAMPLES = """\
@@ -22,6 +30,7 @@ examples:
   trine serve ./Qwen2.5-0.5B-Instruct --port 8001 --served-model-name qwen
   trine serve ./Llama-3.1-8B-Instruct --quantization int8 --max-model-len 8192
   trine serve tiny --embedding-model ./all-MiniLM-L6-v2      /v1/embeddings too
+  trine serve --model-repository ./models                    HTTP on 8000, gRPC on 8001, metrics on 8002
   TRINE_API_KEY=secret trine serve tiny --host 0.0.0.0       ask callers for a key
 """
 
@@ -94,12 +103,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     service.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     service.add_argument("--log-json", action="store_true", help="log lines as JSON")
     add_engine_options(parser)
+    add_repository_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from trine.core.errors import ConfigurationError
     from trine.core.logging import configure
 
+    if args.model_repository:
+        return serve_repository(args)
     if args.model is None and args.embedding_model is None:
         raise ConfigurationError("give a MODEL to serve, for example `trine serve tiny`, or --embedding-model")
     configure(args.log_level, json_lines=args.log_json)
@@ -125,6 +137,31 @@ def run(args: argparse.Namespace) -> int:
     if args.max_waiting is not None:
         options["max_waiting"] = args.max_waiting
     return serve(args.model, settings, options, engine_process=not args.no_engine_process)
+
+
+def serve_repository(args: argparse.Namespace) -> int:
+    """Serve folders of models until a signal."""
+    import asyncio
+
+    from trine.core.errors import ConfigurationError
+    from trine.core.logging import configure
+
+    if args.model is not None:
+        raise ConfigurationError("give either a MODEL or --model-repository; an `llm` model can lie in a repository")
+    level = "debug" if args.log_verbose > 0 else args.log_level if args.log_info else "warning"
+    stream = open(args.log_file, "a", encoding="utf-8", buffering=1) if args.log_file else None  # noqa: SIM115
+    configure(level, json_lines=args.log_json, stream=stream)
+    warn_without_effect(args)
+    import uvloop
+
+    from trine.server.application import Server
+    from trine.server.repository import Repository
+
+    async def run_server() -> int:
+        return await Server(Repository(repository_settings(args)), server_settings(args)).serve()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run_server())
 
 
 def read_text(path: str | None) -> str | None:

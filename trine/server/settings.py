@@ -38,6 +38,12 @@ class TraceSettings:
         """The settings in force for a model (empty: for all)."""
         return {**self._global, **self._models.get(model, {})}
 
+    @property
+    def any_active(self) -> bool:
+        """Whether some request may be traced."""
+        levels = [self._global["trace_level"], *(own.get("trace_level") for own in self._models.values())]
+        return any(level not in (None, ["OFF"]) for level in levels)
+
     def update(self, model: str, changes: Mapping[str, object]) -> None:
         """`None` takes a setting back to the global one, or globally to what the server was started with."""
         checked: dict[str, Any] = {}

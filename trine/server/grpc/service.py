@@ -23,10 +23,12 @@ from trine.server.proto import health, pb
 from trine.server.request import InferRequest
 from trine.server.settings import LogSettings, TraceSettings
 from trine.server.shared_memory import SharedMemory
+from trine.server.traffic import KEY_HEADER, VERSION_HEADER
 
 logger = logging.getLogger("trine.server.grpc")
 _SERVICE = "/inference.GRPCInferenceService/"
 _HEALTH = "/grpc.health.v1.Health/"
+_CONTEXT = ("traceparent", KEY_HEADER, VERSION_HEADER)
 RESTRICTED_PREFIX = "triton-grpc-protocol-"
 
 Answer = Any
@@ -94,8 +96,9 @@ class GrpcApi:
             for name, value in metadata.items():
                 if self._forward.fullmatch(name):
                     request.parameters[name] = value
-        if "traceparent" in metadata:
-            request.context = {"traceparent": metadata["traceparent"]}
+        for name in _CONTEXT:
+            if name in metadata:
+                request.context = {**(request.context or {}), name: metadata[name]}
         if self.traces is not None and self.traces.enabled:
             self.traces.start(request)
 
@@ -177,8 +180,7 @@ def _server_ready(api: GrpcApi, request: Any) -> Any:
 
 
 async def _model_ready(api: GrpcApi, request: Any) -> Any:
-    result = api.repository.is_ready(request.name, request.version)
-    return pb.ModelReadyResponse(ready=await result if isinstance(result, Awaitable) else result)
+    return pb.ModelReadyResponse(ready=await api.repository.ask_ready(request.name, request.version))
 
 
 def _server_metadata(api: GrpcApi, request: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,6 +18,7 @@ from trine.server.plan import Plan, Remembered
 from trine.server.request import InferRequest
 from trine.server.settings import LogSettings, TraceSettings
 from trine.server.shared_memory import SharedMemory
+from trine.server.traffic import KEY_HEADER, VERSION_HEADER
 
 logger = logging.getLogger("trine.server.http")
 
@@ -35,6 +35,7 @@ API_GROUPS = (
     "trace",
     "logging",
 )
+_CONTEXT = (b"traceparent", KEY_HEADER.encode(), VERSION_HEADER.encode())
 _MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"
 _REGION = r"(?:/region/(?P<model>[^/]+))?"
 
@@ -73,6 +74,12 @@ _PATTERNS: tuple[tuple[str, str, dict[str, Endpoint]], ...] = (
         {"GET": management.trace_settings, "POST": management.update_trace_settings},
     ),
     ("/v2/logging", "logging", {"GET": management.log_settings, "POST": management.update_log_settings}),
+    (r"/v2/explain/(?P<model>[^/]+)", "statistics", {"GET": management.explain}),
+    (
+        r"/v2/models/(?P<model>[^/]+)/traffic",
+        "model-repository",
+        {"GET": management.traffic, "POST": management.update_traffic},
+    ),
     ("/v2/metrics", "statistics", {"GET": management.metrics}),
 )
 _COMPILED = [(re.compile(pattern), group, endpoints) for pattern, group, endpoints in _PATTERNS]
@@ -193,8 +200,9 @@ class HttpApi:
             for name, value in headers.items():
                 if self._forward.fullmatch(name):
                     request.parameters[name.decode("latin-1")] = value.decode("latin-1")
-        if b"traceparent" in headers:
-            request.context = {"traceparent": headers[b"traceparent"].decode("latin-1")}
+        for name in _CONTEXT:
+            if name in headers:
+                request.context = {**(request.context or {}), name.decode(): headers[name].decode("latin-1")}
         if self.traces is not None and self.traces.enabled:
             self.traces.start(request)
 
@@ -216,8 +224,3 @@ def resolve(path: str) -> Route | None:
             named = match.groupdict()
             return Route(group, endpoints, unquote(named.get("model") or ""), named.get("version") or "")
     return None
-
-
-def awaited(value: Any) -> Awaitable[Any] | None:
-    """The value where it has to be waited for."""
-    return value if inspect.isawaitable(value) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trine.server.describe import EXTENSIONS, message_to_dict, model_statistics, served
@@ -13,6 +13,7 @@ from trine.server.errors import Code, ServerError
 from trine.server.http.exchange import JSON, TEXT, Exchange, error_body
 from trine.server.http.values import parse_json
 from trine.server.shared_memory import Kind, decode_handle
+from trine.server.traffic import TrafficSplit
 
 if TYPE_CHECKING:
     from trine.server.http.api import HttpApi
@@ -54,10 +55,7 @@ def ready(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
 
 
 async def model_ready(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
-    result = api.repository.is_ready(name, version)
-    if isinstance(result, Awaitable):
-        result = await result
-    if result:
+    if await api.repository.ask_ready(name, version):
         exchange.respond(200, TEXT)
     else:
         exchange.respond(400, TEXT, (b'{"error":"Model version not ready"}',))
@@ -137,6 +135,27 @@ def _parameters(exchange: Exchange) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise ServerError("'parameters' must be an object")
     return parameters
+
+
+# What Triton does not have: traffic splits, and why a request took what it took.
+
+
+def explain(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
+    exchange.respond_json({"requests": api.repository.explain(name)})
+
+
+def traffic(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
+    api.repository.model(name)
+    split = api.repository.traffic(name)
+    exchange.respond_json(split.describe() if split is not None else {"weights": {}, "requests": {}})
+
+
+def update_traffic(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
+    weights = member(document(exchange), "weights", dict, "a traffic request")
+    if not all(isinstance(weight, (int, float)) and not isinstance(weight, bool) for weight in weights.values()):
+        raise ServerError(f'\'weights\' must be numbers by version, such as {{"1": 90, "2": 10}}, got {weights!r}')
+    api.repository.set_traffic(name, TrafficSplit(weights) if weights else None)
+    traffic(api, exchange, name, version)
 
 
 # Shared memory.
