@@ -95,6 +95,7 @@ def complete_config(
     settings: Mapping[str, str] | None = None,
 ) -> None:
     """Fill every default, in place. `auto_complete` is the back end's own part, from the model's files."""
+    _drop_repeated(config)
     if auto_complete is not None and config.platform != ENSEMBLE:
         auto_complete(config)
     policy = config.version_policy
@@ -111,6 +112,14 @@ def complete_config(
 def default_max_batch_size(settings: Mapping[str, str]) -> int:
     """The batch limit given to auto-completed models that batch: `--backend-config=default-max-batch-size=N`."""
     return int(settings.get("default-max-batch-size", DEFAULT_MAX_BATCH_SIZE))
+
+
+def _drop_repeated(config: ModelConfig) -> None:
+    """A tensor that is declared again word for word, as in templates that are in use, counts once."""
+    for tensors in (config.input, config.output):
+        for index in range(len(tensors) - 1, 0, -1):
+            if tensors[index] in tensors[:index]:
+                del tensors[index]
 
 
 def _enabled(optimization: Any, field: str) -> bool:
