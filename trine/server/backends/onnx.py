@@ -47,10 +47,13 @@ class OnnxBackend:
 
     def __init__(self, settings: dict[str, str]) -> None:
         self._settings = settings
+        self._opened: dict[Path, Any] = {}
 
     def complete(self, config: ModelConfig, files: ModelFiles) -> None:
         """Inputs, outputs and batching as the model file has them, where the configuration leaves them out."""
-        session = _open(config, files, Device("cpu"))
+        if _is_complete(config):
+            return
+        session = self._opened[files.version_directory] = _open(config, files, Device("cpu"))
         inputs, outputs = list(session.get_inputs()), list(session.get_outputs())
         batches = all(_is_batched(tensor) for tensor in (*inputs, *outputs))
         if not config.input and not config.output and config.max_batch_size == 0 and batches:
@@ -65,18 +68,20 @@ class OnnxBackend:
         _fill(config, config.output, [tensor for tensor in outputs if tensor.name not in states])
 
     def load(self, config: ModelConfig, files: ModelFiles) -> OnnxModel:
-        return OnnxModel(config, files)
+        opened = self._opened.pop(files.version_directory, None)
+        return OnnxModel(config, files, None if _on_gpu(config) else opened)
 
 
 class OnnxModel:
     """A model file; sessions are made per device, when its first instance is."""
 
-    def __init__(self, config: ModelConfig, files: ModelFiles) -> None:
+    def __init__(self, config: ModelConfig, files: ModelFiles, opened: Any | None) -> None:
+        """`opened`: the session on the CPU that completing the configuration has made."""
         self._config = config
         self._files = files
-        self._sessions: dict[Device, Any] = {}
+        self._sessions: dict[Device, Any] = {} if opened is None else {Device("cpu"): opened}
         self._lock = threading.Lock()
-        self._check(self._session(Device("cpu")) if not _on_gpu(config) else self._session(Device("cuda")))
+        self._check(self._session(Device("cuda") if _on_gpu(config) else Device("cpu")))
 
     def _session(self, device: Device) -> Any:
         with self._lock:
@@ -106,6 +111,7 @@ class OnnxModel:
         return OnnxInstance(self._session(device), self._config)
 
     def close(self) -> None:
+        """Sessions end with their last instance."""
         self._sessions.clear()
 
 
@@ -138,6 +144,12 @@ def _decoded(array: Array) -> Array:
     except UnicodeDecodeError as error:
         raise ServerError(f"a string of the request is not UTF-8: {error}") from error
     return decoded.reshape(array.shape)
+
+
+def _is_complete(config: ModelConfig) -> bool:
+    """Whether nothing is left that the model file would have to tell."""
+    tensors = [*config.input, *config.output]
+    return bool(config.input and config.output) and all(tensor.data_type and tensor.dims for tensor in tensors)
 
 
 def _on_gpu(config: ModelConfig) -> bool:

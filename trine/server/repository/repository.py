@@ -170,7 +170,9 @@ class Repository:
         failures = self._refuse_duplicates(twice) if not settings.namespacing else []
         wanted = {name: folder for name, folder in folders.items() if name in chosen and name not in twice}
         failures += [f"{name}: there is no folder of this name" for name in chosen if name not in folders]
-        failures += await self._load_all(wanted)
+        failures += await self._load_all(wanted, folders)
+        for name in wanted:
+            self._entries[name].explicit = True
         self._started = True
         if self._known or self._entries:
             logger.info("models:\n%s", status_table(self.index()))
@@ -309,16 +311,24 @@ class Repository:
         if self.settings.control_mode != "explicit":
             raise ServerError("explicit model load / unload is not allowed if polling is enabled", Code.UNAVAILABLE)
 
-    async def _load_all(self, folders: Mapping[str, ModelFolder]) -> list[str]:
-        """Load these models, ensembles after the others; returns what went wrong."""
+    async def _load_all(
+        self, folders: Mapping[str, ModelFolder], others: Mapping[str, ModelFolder] | None = None
+    ) -> list[str]:
+        """Load these models, ensembles after the others; returns what went wrong. `others`: where their members are."""
         failures: list[str] = []
         plans: list[Plan] = []
-        results = await asyncio.gather(*(self._plan(folder) for folder in folders.values()), return_exceptions=True)
-        for folder, result in zip(folders.values(), results, strict=True):
-            if isinstance(result, Plan):
-                plans.append(result)
-            else:
-                failures.append(f"{folder.name}: {_message(result)}")
+        planned: set[str] = set()
+        left = list(folders.values())
+        while left:
+            results = await asyncio.gather(*(self._plan(folder) for folder in left), return_exceptions=True)
+            planned.update(folder.name for folder in left)
+            for folder, result in zip(left, results, strict=True):
+                if isinstance(result, Plan):
+                    plans.append(result)
+                else:
+                    failures.append(f"{folder.name}: {_message(result)}")
+            needed = {member for plan in plans for member, _ in members(plan.config)} - planned
+            left = [(others or {})[name] for name in needed if name in (others or {})]
         ordered = _in_dependency_order(plans)
         for stage in ordered:
             done = await asyncio.gather(*(self._take_up(plan) for plan in stage), return_exceptions=True)

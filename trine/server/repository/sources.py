@@ -10,7 +10,7 @@ from typing import Any
 
 from trine.core.errors import ConfigurationError, ModelLoadError
 from trine.server.errors import ServerError
-from trine.server.repository.files import ModelFolder, is_version, scan
+from trine.server.repository.files import ModelFolder, scan
 
 logger = logging.getLogger("trine.server")
 
@@ -104,9 +104,9 @@ def _stamp(details: dict[str, Any]) -> Any:
 
 
 def _remove_empty(root: Path) -> None:
-    """Remove folders without files, but keep version folders: an ensemble's is empty."""
+    """Remove folders without files, as object stores do: an ensemble needs no version folder here."""
     for folder in sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True):
-        if not any(folder.iterdir()) and not is_version(folder.name):
+        if not any(folder.iterdir()):
             folder.rmdir()
 
 
