@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trine.core.errors import ModelLoadError
 from trine.server.answers import Answers
 from trine.server.errors import Code, ServerError
-from trine.server.request import InferRequest, InferResponse, RequestedOutput
+from trine.server.request import InferRequest, InferResponse, Parameter, RequestedOutput
 from trine.server.scheduling.graph import Graph, Step
 from trine.server.tensors import Tensor
 
@@ -248,7 +248,7 @@ class Run:
                 return
         while self._leaves and self._leaves[0].done:
             scope = self._leaves.popleft()
-            response = InferResponse(self._outputs(scope), final=self._innermost is None)
+            response = InferResponse(self._outputs(scope), final=self._innermost is None, parameters=self._sequence())
             if response.final:
                 self._end(response)
                 return
@@ -267,6 +267,15 @@ class Run:
     def _outputs(self, scope: Scope) -> list[Tensor]:
         found = (scope.find(name)[1] for name in self._names)
         return [self._as_output(tensor) for tensor in found if tensor is not None]
+
+    def _sequence(self) -> dict[str, Parameter]:
+        """What clients of ensembles see in every response."""
+        request = self._request
+        return {
+            "sequence_id": request.sequence_id,
+            "sequence_start": request.sequence_start,
+            "sequence_end": request.sequence_end,
+        }
 
     def _as_output(self, tensor: Tensor) -> Tensor:
         """With or without a batch dimension, as the ensemble has it."""
