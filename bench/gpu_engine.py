@@ -44,6 +44,10 @@ def small_checkpoints(folder: Path) -> Iterator[tuple[str, Path, Any]]:
         "mistral": transformers.MistralConfig(**rotary, sliding_window=50),
         "qwen2": transformers.Qwen2Config(**rotary),
         "qwen3": transformers.Qwen3Config(**rotary, head_dim=64),
+        "qwen3_moe": transformers.Qwen3MoeConfig(
+            **rotary, head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96, norm_topk_prob=True
+        ),
+        "mixtral": transformers.MixtralConfig(**rotary, num_local_experts=6, num_experts_per_tok=2),
         "gpt2": transformers.GPT2Config(
             vocab_size=500, n_embd=128, n_layer=3, n_head=4, n_positions=1024, initializer_range=0.2,
             bos_token_id=None, eos_token_id=None,
@@ -104,6 +108,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False,
         "hidden_act": "silu", "torch_dtype": "bfloat16", "eos_token_id": 128001,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "eos_token_id": 151645,
     },
 }  # fmt: skip
 WORKLOADS = {  # requests, tokens in, tokens out

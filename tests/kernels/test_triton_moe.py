@@ -28,7 +28,8 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "hidden", "num_experts", "top_k"), [(1, 64, 128, 8), (5, 100, 6, 1), (16, 96, 12, 3), (40, 160, 17, 5)]
+    ("rows", "hidden", "num_experts", "top_k"),
+    [(1, 64, 128, 8), (5, 100, 6, 1), (16, 96, 12, 3), (40, 160, 17, 5), (2060, 64, 17, 2)],
 )
 def test_route(rows: int, hidden: int, num_experts: int, top_k: int, normalize: bool) -> None:
     x, gate = random(rows, hidden), random(num_experts, hidden, seed=1) * 0.2
@@ -40,16 +41,17 @@ def test_route(rows: int, hidden: int, num_experts: int, top_k: int, normalize: 
 
 
 @pytest.mark.parametrize("row_block", [1, 16])
-@pytest.mark.parametrize(("rows", "num_experts", "top_k"), [(1, 9, 4), (70, 5, 2), (2100, 4, 2)])
+@pytest.mark.parametrize(("rows", "num_experts", "top_k"), [(1, 9, 4), (70, 5, 2), (2100, 4, 2), (700, 40, 6)])
 def test_groups(rows: int, num_experts: int, top_k: int, row_block: int) -> None:
     if row_block == 1 and rows > 100:
         pytest.skip("thousands of tiles")
     scores = torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(0))
     scores[:, 1] = -1  # an expert that nobody chooses
     chosen = scores.topk(top_k).indices.to(torch.int32)
-    groups = group(chosen.to(DEVICE), num_experts, row_block)
+    for _ in range(2):  # the first launch leaves its counters ready for the second
+        groups = group(chosen.to(DEVICE), num_experts, row_block)
     counts = chosen.view(-1).bincount(minlength=num_experts)
-    assert groups.order.tolist() == chosen.view(-1).argsort(stable=True).tolist()
+    assert chosen.view(-1)[groups.order.cpu().long()].tolist() == chosen.view(-1).sort().values.tolist()
     assert groups.places[groups.order.long()].tolist() == list(range(rows * top_k))
     assert groups.ends.tolist() == counts.cumsum(0).tolist()
     tiles = [

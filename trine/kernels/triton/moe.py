@@ -26,15 +26,15 @@ class Plan:
     resident: bool = False
 
 
-_PLANS = (
-    (4, Plan(16, Tuning(64, 128, 4, 4), Tuning(64, 128, 4, 4))),
-    (12, Plan(32, Tuning(64, 128, 4, 4), Tuning(64, 128, 4, 4))),
-    (64, Plan(64, Tuning(64, 64, 4, 4), Tuning(128, 64, 4, 4))),
+PLANS = (
+    (4, Plan(16, Tuning(64, 128, 4, 3), Tuning(64, 128, 4, 3))),
+    (20, Plan(32, Tuning(128, 128, 8, 3), Tuning(64, 128, 4, 3))),
+    (64, Plan(64, Tuning(64, 64, 4, 4), Tuning(128, 64, 8, 4))),
 )
 """For 16-bit types, by the largest mean number of rows an expert; measured on an H200 (bench/moe.py)."""
 
-_MANY = Plan(128, Tuning(128, 64, 8, 4), Tuning(256, 64, 8, 4), resident=True)
-_MANY_UNALIGNED = Plan(64, Tuning(64, 64, 4, 3), Tuning(128, 64, 4, 3))
+MANY = Plan(128, Tuning(128, 64, 8, 4), Tuning(256, 64, 8, 3), resident=True)
+MANY_UNALIGNED = Plan(64, Tuning(64, 64, 4, 3), Tuning(128, 64, 4, 3))
 _FLOAT32 = Plan(16, Tuning(64, 32, 4, 2), Tuning(64, 32, 4, 2))
 
 
@@ -43,23 +43,25 @@ def plan_for(num_choices: int, gate_up: torch.Tensor) -> Plan:
     num_experts, twice_inner, hidden = gate_up.shape
     if gate_up.itemsize > 2:
         return _FLOAT32
-    for largest, plan in _PLANS:
+    for largest, plan in PLANS:
         if num_choices <= largest * num_experts:
             return plan
-    return _MANY if hidden % 8 == 0 and twice_inner % 16 == 0 else _MANY_UNALIGNED
+    return MANY if hidden % 8 == 0 and twice_inner % 16 == 0 else MANY_UNALIGNED
 
 
-@triton.jit
-def _gather_kernel(x_ptr, order_ptr, y_ptr, hidden, x_stride, choices, block: tl.constexpr, early: tl.constexpr):
-    """Program i: the row of the token whose choice is i-th in sorted order."""
+@triton.jit(do_not_specialize=["count"])
+def _gather_kernel(
+    x_ptr, order_ptr, y_ptr, count, hidden, x_stride, choices,
+    row_block: tl.constexpr, column_block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): columns block j of the tokens whose choices are i * row_block to (i + 1) * row_block-th."""
     wait_for_inputs(early)
-    place = tl.program_id(0).to(tl.int64)
-    row = (tl.load(order_ptr + place) // choices).to(tl.int64)
-    for start in range(0, hidden, block):
-        columns = start + tl.arange(0, block)
-        inside = columns < hidden
-        x = tl.load(x_ptr + row * x_stride + columns, mask=inside)
-        tl.store(y_ptr + place * hidden + columns, x, mask=inside)
+    places = tl.program_id(0) * row_block + tl.arange(0, row_block)
+    columns = tl.program_id(1) * column_block + tl.arange(0, column_block)
+    rows = (tl.load(order_ptr + places, mask=places < count, other=0) // choices).to(tl.int64)
+    mask = (places < count)[:, None] & (columns < hidden)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask)
+    tl.store(y_ptr + places.to(tl.int64)[:, None] * hidden + columns[None, :], x, mask=mask)
 
 
 @triton.jit
@@ -81,12 +83,13 @@ def _combine_kernel(
 
 def gather_rows(x: torch.Tensor, groups: Groups, choices: int) -> torch.Tensor:
     """Rows of x [T, H] in sorted order, one for each of its `choices`: [P, H]."""
-    hidden = x.shape[1]
-    y = torch.empty((groups.order.shape[0], hidden), dtype=x.dtype, device=x.device)
-    block = min(triton.next_power_of_2(hidden), 4096)
-    _gather_kernel[(y.shape[0],)](
-        x, groups.order, y, hidden, x.stride(0), choices, block=block, num_warps=4, **early_launch(x.device)
-    )
+    count, hidden = groups.order.shape[0], x.shape[1]
+    y = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
+    row_block, column_block = 8, min(triton.next_power_of_2(hidden), 1024)
+    _gather_kernel[(cdiv(count, row_block), cdiv(hidden, column_block))](
+        x, groups.order, y, count, hidden, x.stride(0), choices,
+        row_block=row_block, column_block=column_block, num_warps=4, **early_launch(x.device),
+    )  # fmt: skip
     return y
 
 

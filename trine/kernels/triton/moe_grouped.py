@@ -29,6 +29,7 @@ class Tuning:
     k_block: int
     num_warps: int
     num_stages: int
+    flatten: bool = True
 
 
 @triton.jit
@@ -82,29 +83,30 @@ def _stream_kernel(
 def _matrix_kernel(
     x_desc, weight_desc, y_ptr, ends_ptr, tile_experts_ptr, tile_starts_ptr, num_tiles_ptr, inputs, outputs,
     silu: tl.constexpr, row_block: tl.constexpr, column_block: tl.constexpr, k_block: tl.constexpr,
-    num_stages: tl.constexpr, early: tl.constexpr,
+    num_stages: tl.constexpr, early: tl.constexpr, flatten: tl.constexpr,
 ):  # fmt: skip
     """Programs take (tile, columns block) pairs in turn, so that those of an expert run side by side.
 
-    Rows of a tile past its expert's last are other experts' rows: computed, not stored.
+    Rows of a tile past its expert's last are other experts' rows: computed, not stored. With `silu` a block of gates
+    and the same block of ups are one operand.
     """
     wait_for_inputs(early)
+    parts: tl.constexpr = 2 if silu else 1
     column_blocks = tl.cdiv(outputs, column_block)
-    for index in tl.range(tl.program_id(0), tl.load(num_tiles_ptr) * column_blocks, tl.num_programs(0), flatten=True):
+    for index in tl.range(
+        tl.program_id(0), tl.load(num_tiles_ptr) * column_blocks, tl.num_programs(0), flatten=flatten
+    ):
         tile = index // column_blocks
         column = index % column_blocks * column_block
         expert = tl.load(tile_experts_ptr + tile)
         first = tl.load(tile_starts_ptr + tile)
-        weight_row = expert * outputs * (2 if silu else 1) + column
-        y = tl.zeros([row_block, column_block], tl.float32)
-        up = tl.zeros([row_block, column_block], tl.float32)
+        y = tl.zeros([row_block, parts * column_block], tl.float32)
         for k in tl.range(0, inputs, k_block, num_stages=num_stages):
-            x = x_desc.load([first, k])
-            y = tl.dot(x, weight_desc.load([weight_row, k]).T, y)
-            if silu:
-                up = tl.dot(x, weight_desc.load([weight_row + outputs, k]).T, up)
+            weight = weight_desc.load([expert * parts, column, k]).reshape(parts * column_block, k_block)
+            y = tl.dot(x_desc.load([first, k]), weight.T, y)
         if silu:
-            y = y * tl.sigmoid(y) * up
+            gate, up = y.reshape(row_block, 2, column_block).permute(0, 2, 1).split()
+            y = gate * tl.sigmoid(gate) * up
         places = first + tl.arange(0, row_block)
         columns = column + tl.arange(0, column_block)
         mask = (places < tl.load(ends_ptr + expert))[:, None] & (columns < outputs)[None, :]
@@ -139,12 +141,13 @@ def matrix_product(
     outputs = rows // (2 if silu else 1)
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
     x_desc = TensorDescriptor.from_tensor(x, [groups.row_block, tuning.k_block])
-    flat = weight.view(num_experts * rows, inputs)
-    weight_desc = TensorDescriptor.from_tensor(flat, [tuning.column_block, tuning.k_block])
+    parts = 2 if silu else 1
+    halves = weight.view(num_experts * parts, outputs, inputs)
+    weight_desc = TensorDescriptor.from_tensor(halves, [parts, tuning.column_block, tuning.k_block])
     _matrix_kernel[(num_multiprocessors(x.device),)](
         x_desc, weight_desc, y, groups.ends, groups.tile_experts, groups.tile_starts, groups.num_tiles,
         inputs, outputs,
         silu=silu, row_block=groups.row_block, column_block=tuning.column_block, k_block=tuning.k_block,
-        num_stages=tuning.num_stages, num_warps=tuning.num_warps, **early_launch(x.device),
+        num_stages=tuning.num_stages, num_warps=tuning.num_warps, flatten=tuning.flatten, **early_launch(x.device),
     )  # fmt: skip
     return y

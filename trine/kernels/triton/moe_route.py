@@ -1,8 +1,8 @@
 """The router of a mixture of experts: gate product, softmax and choice in one launch, then a counting sort.
 
 Roofline: the gate's E * H weights are read once (0.5 MB in Qwen3-30B-A3B), so all is latency. For few rows the gate's
-rows are spread over programs, which ask for them before the kernel in front has finished, and the last program to
-finish chooses for all rows.
+rows are spread over programs, which ask for them before the kernel in front has finished, and the last program of a row
+to finish chooses its experts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import triton.language as tl
 
 from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
 
-_FEW_ROWS = 16
-_TILE_ELEMENTS = 16384  # of the gate that a program of the few-rows kernel holds
-_SORT_BLOCK = 4096
+_FEW_ROWS = 16  # of them each is a program's own; up to _SOME_ROWS the experts too are spread over programs
+_SOME_ROWS = 2048
+_TILE_BYTES = 8192  # of the gate that a program of the few-rows kernel, which is one warp, holds
+_ONE_LAUNCH = 4096  # choices that are sorted by one launch
+_PART = 256  # choices that a program places, where there are two
 
 
 @triton.jit
@@ -46,13 +48,13 @@ def _choose(
     tl.store(chosen_ptr + offsets, chosen, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _route_few_kernel(
-    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, num_rows, hidden, num_experts, x_stride,
+    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, hidden, num_experts, x_stride,
     top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr, expert_block: tl.constexpr,
-    experts_block: tl.constexpr, hidden_block: tl.constexpr, rows_block: tl.constexpr, early: tl.constexpr,
+    experts_block: tl.constexpr, hidden_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Program i: logits of `expert_block` experts for every row; the last one to arrive chooses."""
+    """Program (i, t): logits of `expert_block` experts for row t; the row's last one to arrive chooses."""
     columns = tl.arange(0, hidden_block)
     inside = columns < hidden
     experts = tl.program_id(0) * expert_block + tl.arange(0, expert_block)
@@ -61,40 +63,40 @@ def _route_few_kernel(
         gate_ptr + experts[:, None] * hidden + columns[None, :], mask=present[:, None] & inside[None, :], other=0.0
     )
     wait_for_inputs(early)
-    for row in range(num_rows):
-        x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        logits = tl.sum(gate.to(tl.float32) * x[None, :], 1)
-        tl.store(logits_ptr + row * num_experts + experts, logits, mask=present)
+    row = tl.program_id(1)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    logits = tl.sum(gate.to(tl.float32) * x[None, :], 1)
+    tl.store(logits_ptr + row * num_experts + experts, logits, mask=present)
     tl.debug_barrier()
-    if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        rows = tl.arange(0, rows_block)
+    if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         every = tl.arange(0, experts_block)
-        mask = (rows < num_rows)[:, None] & (every < num_experts)[None, :]
-        offsets = rows[:, None] * num_experts + every[None, :]
-        logits = tl.load(logits_ptr + offsets, mask=mask, other=-float("inf"), cache_modifier=".cg")
-        logits = tl.where((rows < num_rows)[:, None], logits, 0.0)
-        _choose(logits, rows, rows < num_rows, weights_ptr, chosen_ptr, top_k, normalize, choices)
-        tl.store(arrivals_ptr, 0)  # ready for the next launch
+        whole = tl.load(
+            logits_ptr + row * num_experts + every, mask=every < num_experts, other=-float("inf"), cache_modifier=".cg"
+        )
+        rows = row + tl.arange(0, 1)
+        _choose(whole[None, :], rows, rows >= 0, weights_ptr, chosen_ptr, top_k, normalize, choices)
+        tl.store(arrivals_ptr + row, 0)  # ready for the next launch
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _route_many_kernel(
-    x_ptr, gate_ptr, weights_ptr, chosen_ptr, num_rows, hidden, num_experts, x_stride,
-    top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
+    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, num_rows, hidden, num_experts, x_stride,
+    top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr, expert_block: tl.constexpr,
     experts_block: tl.constexpr, hidden_block: tl.constexpr, rows_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Program i: the experts of rows i * rows_block to (i + 1) * rows_block."""
+    """Program (i, j): logits of experts block i for rows block j; the block's last one to arrive chooses."""
     wait_for_inputs(early)
-    rows = tl.program_id(0).to(tl.int64) * rows_block + tl.arange(0, rows_block)
+    block = tl.program_id(1)
+    rows = block * rows_block + tl.arange(0, rows_block)
     present = rows < num_rows
-    experts = tl.arange(0, experts_block)
+    experts = tl.program_id(0) * expert_block + tl.arange(0, expert_block)
     served = experts < num_experts
     columns = tl.arange(0, hidden_block)
-    logits = tl.zeros([rows_block, experts_block], tl.float32)
+    logits = tl.zeros([rows_block, expert_block], tl.float32)
     for start in range(0, hidden, hidden_block):
         inside = start + columns < hidden
         x = tl.load(
-            x_ptr + rows[:, None] * x_stride + (start + columns)[None, :],
+            x_ptr + rows.to(tl.int64)[:, None] * x_stride + (start + columns)[None, :],
             mask=present[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
         gate = tl.load(
@@ -102,14 +104,23 @@ def _route_many_kernel(
             mask=inside[:, None] & served[None, :], other=0.0,
         )  # fmt: skip
         logits = tl.dot(x, gate, logits, input_precision="ieee")
-    logits = tl.where(served[None, :], logits, -float("inf"))
-    _choose(logits, rows, present, weights_ptr, chosen_ptr, top_k, normalize, choices)
+    mask = present[:, None] & served[None, :]
+    tl.store(logits_ptr + rows[:, None] * num_experts + experts[None, :], logits, mask=mask)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        every = tl.arange(0, experts_block)
+        offsets = rows[:, None] * num_experts + every[None, :]
+        in_row = (every < num_experts)[None, :]
+        whole = tl.load(logits_ptr + offsets, mask=present[:, None] & in_row, other=0.0, cache_modifier=".cg")
+        whole = tl.where(in_row, whole, -float("inf"))
+        _choose(whole, rows, present, weights_ptr, chosen_ptr, top_k, normalize, choices)
+        tl.store(arrivals_ptr + block, 0)  # ready for the next launch
 
 
 @cache
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """A zeroed counter, which every launch leaves at zero: kernels of one device run in one stream at a time."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _counters(device: torch.device, size: int) -> torch.Tensor:
+    """Zeros, which every launch that counts in them leaves zero: kernels of one device run in one stream at a time."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,21 +138,26 @@ def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> t
         "choices": triton.next_power_of_2(top_k),
         "experts_block": max(triton.next_power_of_2(num_experts), 16),
     }
-    if 0 < num_rows <= _FEW_ROWS:
+    if num_rows == 0:
+        return weights, chosen
+    few = num_rows <= _FEW_ROWS
+    rows_block, expert_block = (16, 16) if num_rows <= _SOME_ROWS else (64, sizes["experts_block"])
+    blocks = num_rows if few else cdiv(num_rows, rows_block)
+    logits = torch.empty((num_rows, num_experts), dtype=torch.float32, device=x.device)
+    arrivals = _counters(x.device, max(triton.next_power_of_2(blocks), 1024))
+    if few:
         hidden_block = triton.next_power_of_2(hidden)
-        expert_block = max(_TILE_ELEMENTS // hidden_block * 2 // x.itemsize, 1)
-        logits = torch.empty((num_rows, num_experts), dtype=torch.float32, device=x.device)
-        _route_few_kernel[(cdiv(num_experts, expert_block),)](
-            x, gate, logits, _arrivals(x.device), weights, chosen, num_rows, hidden, num_experts, x.stride(0),
-            **sizes, expert_block=expert_block, hidden_block=hidden_block, rows_block=_FEW_ROWS,
-            num_warps=4, **early_launch(x.device),
+        expert_block = max(_TILE_BYTES // x.itemsize // hidden_block, 1)
+        _route_few_kernel[(cdiv(num_experts, expert_block), num_rows)](
+            x, gate, logits, arrivals, weights, chosen, hidden, num_experts, x.stride(0),
+            **sizes, expert_block=expert_block, hidden_block=hidden_block, num_warps=1, **early_launch(x.device),
         )  # fmt: skip
-    elif num_rows:
-        rows_block = 16 if num_rows <= 2048 else 64
-        _route_many_kernel[(cdiv(num_rows, rows_block),)](
-            x, gate, weights, chosen, num_rows, hidden, num_experts, x.stride(0),
-            **sizes, hidden_block=128 if x.itemsize == 2 else 32, rows_block=rows_block,
-            num_warps=4, num_stages=3, **early_launch(x.device),
+    else:
+        hidden_block = 32 if x.itemsize > 2 else 256 if rows_block == 16 else 128
+        _route_many_kernel[(cdiv(num_experts, expert_block), blocks)](
+            x, gate, logits, arrivals, weights, chosen, num_rows, hidden, num_experts, x.stride(0),
+            **sizes, expert_block=expert_block, hidden_block=hidden_block,
+            rows_block=rows_block, num_warps=4, num_stages=3, **early_launch(x.device),
         )  # fmt: skip
     return weights, chosen
 
@@ -150,7 +166,7 @@ def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> t
 class Groups:
     """P = T * K choices sorted by expert, cut into tiles of at most `row_block` choices of one expert.
 
-    order         [P] int32: sorted place to choice (choice i is of token i // K); within an expert ascending
+    order         [P] int32: sorted place to choice (choice i is of token i // K); within an expert in any order
     places        [P] int32: choice to sorted place, the inverse
     ends          [E] int32: the place past each expert's last choice
     tile_experts  [most tiles] int32, for the first `num_tiles` tiles
@@ -167,40 +183,86 @@ class Groups:
     row_block: int
 
 
+@triton.jit
+def _write_tiles(
+    expert, place, count, first_tile, ends_ptr, tile_experts_ptr, tile_starts_ptr, row_block: tl.constexpr
+):
+    """Expert's `count` choices begin at `place`, its tiles at `first_tile`."""
+    tl.store(ends_ptr + expert, place + count)
+    for tile in range(0, tl.cdiv(count, row_block)):
+        tl.store(tile_experts_ptr + first_tile + tile, expert)
+        tl.store(tile_starts_ptr + first_tile + tile, place + tile * row_block)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _group_kernel(
     chosen_ptr, order_ptr, places_ptr, ends_ptr, tile_experts_ptr, tile_starts_ptr, num_tiles_ptr, count,
     row_block: tl.constexpr, experts_block: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Program e: count all experts' choices, then place those of expert e. No program waits for another."""
+    """Program e: count all experts' choices, at most `block`, then place those of expert e. None waits for another."""
     wait_for_inputs(early)
     expert = tl.program_id(0)
     offsets = tl.arange(0, block)
     experts = tl.arange(0, experts_block)
-    counts = tl.zeros([experts_block], tl.int32)
-    for first in range(0, count, block):
-        inside = first + offsets < count
-        chosen = tl.load(chosen_ptr + first + offsets, mask=inside, other=0)
-        counts += tl.histogram(chosen, experts_block, mask=inside)
+    chosen = tl.load(chosen_ptr + offsets, mask=offsets < count, other=-1)
+    counts = tl.histogram(chosen, experts_block, mask=offsets < count)
     place = tl.sum(tl.where(experts < expert, counts, 0), 0)
-    tiles = tl.cdiv(counts, row_block)
-    first_tile = tl.sum(tl.where(experts < expert, tiles, 0), 0)
+    first_tile = tl.sum(tl.where(experts < expert, tl.cdiv(counts, row_block), 0), 0)
     own_count = tl.sum(tl.where(experts == expert, counts, 0), 0)
-    tl.store(ends_ptr + expert, place + own_count)
     if expert == tl.num_programs(0) - 1:
         tl.store(num_tiles_ptr, first_tile + tl.cdiv(own_count, row_block))
-    for tile in range(0, tl.cdiv(own_count, row_block)):
-        tl.store(tile_experts_ptr + first_tile + tile, expert)
-        tl.store(tile_starts_ptr + first_tile + tile, place + tile * row_block)
-    if own_count == 0:
-        return
-    for first in range(0, count, block):
-        inside = first + offsets < count
-        own = (tl.load(chosen_ptr + first + offsets, mask=inside, other=-1) == expert).to(tl.int32)
+    _write_tiles(expert, place, own_count, first_tile, ends_ptr, tile_experts_ptr, tile_starts_ptr, row_block)
+    if own_count > 0:
+        own = (chosen == expert).to(tl.int32)
         at = place + tl.cumsum(own, 0) - 1
-        tl.store(order_ptr + at, first + offsets, mask=own == 1)
-        tl.store(places_ptr + first + offsets, at, mask=own == 1)
-        place += tl.sum(own, 0)
+        tl.store(order_ptr + at, offsets, mask=own == 1)
+        tl.store(places_ptr + offsets, at, mask=own == 1)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _rank_kernel(chosen_ptr, places_ptr, counts_ptr, count, part: tl.constexpr, early: tl.constexpr):
+    """Program i: number the choices i * part to (i + 1) * part among all those of the same expert, in any order."""
+    wait_for_inputs(early)
+    offsets = tl.program_id(0) * part + tl.arange(0, part)
+    inside = offsets < count
+    chosen = tl.load(chosen_ptr + offsets, mask=inside, other=0)
+    ranks = tl.atomic_add(counts_ptr + chosen, 1, mask=inside, sem="relaxed")
+    tl.store(places_ptr + offsets, ranks, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "num_experts"])
+def _place_kernel(
+    chosen_ptr, counts_ptr, starts_ptr, order_ptr, places_ptr, ends_ptr, tile_experts_ptr, tile_starts_ptr,
+    num_tiles_ptr, count, num_experts,
+    row_block: tl.constexpr, experts_block: tl.constexpr, part: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """Program i: from ranks to places of the choices i * part to (i + 1) * part; and the tiles of expert i."""
+    wait_for_inputs(early)
+    experts = tl.arange(0, experts_block)
+    number = tl.program_id(0)
+    counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0, cache_modifier=".cg")
+    starts = tl.cumsum(counts, 0) - counts
+    starts_ptr += number * experts_block
+    tl.store(starts_ptr + experts, starts)
+    tl.debug_barrier()
+    offsets = number * part + tl.arange(0, part)
+    inside = offsets < count
+    chosen = tl.load(chosen_ptr + offsets, mask=inside, other=0)
+    at = tl.load(places_ptr + offsets, mask=inside, other=0) + tl.load(starts_ptr + chosen, mask=inside, other=0)
+    tl.store(order_ptr + at, offsets, mask=inside)
+    tl.store(places_ptr + offsets, at, mask=inside)
+    if number < num_experts:
+        tiles = tl.cdiv(counts, row_block)
+        own = experts == number
+        place = tl.sum(tl.where(own, starts, 0), 0)
+        own_count = tl.sum(tl.where(own, counts, 0), 0)
+        first_tile = tl.sum(tl.where(experts < number, tiles, 0), 0)
+        _write_tiles(number, place, own_count, first_tile, ends_ptr, tile_experts_ptr, tile_starts_ptr, row_block)
+        if number == 0:
+            tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+    if tl.atomic_add(counts_ptr + experts_block, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(counts_ptr + experts, tl.zeros([experts_block], tl.int32))  # ready for the next launch
+        tl.store(counts_ptr + experts_block, 0)
 
 
 def group(chosen: torch.Tensor, num_experts: int, row_block: int) -> Groups:
@@ -211,10 +273,22 @@ def group(chosen: torch.Tensor, num_experts: int, row_block: int) -> Groups:
     order, places, ends, experts, starts, num_tiles = torch.empty(
         sum(sizes), dtype=torch.int32, device=chosen.device
     ).split(sizes)
-    _group_kernel[(num_experts,)](
-        chosen, order, places, ends, experts, starts, num_tiles, count,
-        row_block=row_block, experts_block=triton.next_power_of_2(num_experts),
-        block=min(max(triton.next_power_of_2(count), 128), _SORT_BLOCK),
-        num_warps=4, **early_launch(chosen.device),
-    )  # fmt: skip
+    experts_block = triton.next_power_of_2(num_experts)
+    options = {"experts_block": experts_block, **early_launch(chosen.device)}
+    if count <= _ONE_LAUNCH:
+        _group_kernel[(num_experts,)](
+            chosen, order, places, ends, experts, starts, num_tiles, count,
+            row_block=row_block, block=max(triton.next_power_of_2(count), 128), num_warps=4, **options,
+        )  # fmt: skip
+    else:
+        parts = max(cdiv(count, _PART), num_experts)  # the last ones may be empty: each writes an expert's tiles too
+        counts = _counters(chosen.device, 2 * experts_block)
+        first_places = torch.empty((parts, experts_block), dtype=torch.int32, device=chosen.device)
+        _rank_kernel[(cdiv(count, _PART),)](
+            chosen, places, counts, count, part=_PART, num_warps=4, **early_launch(chosen.device)
+        )
+        _place_kernel[(parts,)](
+            chosen, counts, first_places, order, places, ends, experts, starts, num_tiles, count, num_experts,
+            row_block=row_block, part=_PART, num_warps=4, **options,
+        )  # fmt: skip
     return Groups(order, places, ends, experts, starts, num_tiles, row_block)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
 
@@ -21,8 +22,13 @@ def _single_gate_up_kernel(
     x_ptr, gate_up_ptr, chosen_ptr, h_ptr, hidden, inner,
     row_block: tl.constexpr, hidden_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, k): silu(gate) * up of `row_block` inner elements of the k-th expert."""
-    wait_for_inputs(early)
+    """Program (i, k): silu(gate) * up of `row_block` inner elements of the k-th expert.
+
+    It lets the next kernel start only when the choice of experts is known to be written: that one reads it at once.
+    """
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     expert = tl.load(chosen_ptr + tl.program_id(1)).to(tl.int64)
     rows = tl.program_id(0) * row_block + tl.arange(0, row_block)
     present = rows < inner
@@ -49,23 +55,28 @@ def _single_down_kernel(
     top_k: tl.constexpr, experts_block: tl.constexpr, row_block: tl.constexpr, inner_block: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
-    """Program i: `row_block` elements of the result, summed over the chosen experts."""
-    wait_for_inputs(early)
+    """Program i: `row_block` elements of the result, summed over the chosen experts.
+
+    The first weights are asked for before the kernel in front, which computes h, has finished.
+    """
     places = tl.arange(0, experts_block)
-    experts = tl.load(chosen_ptr + places, mask=places < top_k, other=0).to(tl.int64)
-    weights = tl.load(weights_ptr + places, mask=places < top_k, other=0.0)
+    experts = tl.load(chosen_ptr + places, mask=places < top_k, other=0, cache_modifier=".cg").to(tl.int64)
     rows = tl.program_id(0) * row_block + tl.arange(0, row_block)
     present = (rows < hidden)[:, None, None] & (places < top_k)[None, :, None]
     row_ptr = down_ptr + (experts[None, :] * hidden + rows[:, None])[:, :, None] * inner
+    columns = tl.arange(0, inner_block)
+    tile = tl.load(row_ptr + columns[None, None, :], mask=present & (columns < inner)[None, None, :], other=0.0)
+    wait_for_inputs(early)
+    weights = tl.load(weights_ptr + places, mask=places < top_k, other=0.0)
     total = tl.zeros([row_block], tl.float32)
     for start in range(0, inner, inner_block):
-        columns = start + tl.arange(0, inner_block)
-        inside = columns < inner
-        tile = tl.load(row_ptr + columns[None, None, :], mask=present & inside[None, None, :], other=0.0)
+        inside = start + columns < inner
         mask = (places < top_k)[:, None] & inside[None, :]
-        h = tl.load(h_ptr + places[:, None] * inner + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + places[:, None] * inner + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
         h *= weights[:, None]
         total += tl.sum(tl.sum(tile.to(tl.float32) * h[None, :, :], 2), 1)
+        following = start + inner_block + columns
+        tile = tl.load(row_ptr + following[None, None, :], mask=present & (following < inner)[None, None, :], other=0.0)
     tl.store(y_ptr + rows, total.to(y_ptr.dtype.element_ty), mask=rows < hidden)
 
 
