@@ -21,6 +21,9 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "bench": "measure a model here, or a server by its URL",
     "eval": "score a model on tasks with one right answer",
+    "check": "validate a model repository without starting a server",
+    "explain": "why a request to a running server took what it took",
+    "traffic": "spread a model's requests over its versions",
     "doctor": "check this machine, or a model directory, and say what to do",
     "models": "list the models at hand and the architectures that run",
 }

@@ -164,8 +164,29 @@ class MetricsPage:
         if self._settings.summary_latencies:
             for name, help_text, pick in _SUMMARIES:
                 lines += _summary(name, help_text, [(labels, pick(stats)) for labels, stats in models], self._settings)
+        lines += self._traffic()
         lines += _host_lines(self._host.samples())
         return ("\n".join(lines) + "\n").encode() + self._repository.metrics.render()
+
+    def _traffic(self) -> Iterator[str]:
+        """Weights and requests of the versions over which a model's traffic is split."""
+        splits = {model.name: self._repository.traffic(model.name) for model in self._repository.models()}
+        arms = [
+            (_arm(name, version), weight, split.counts[version])
+            for name, split in splits.items()
+            if split is not None
+            for version, weight in split.weights.items()
+        ]
+        yield from _header("trine_traffic_weight", "Weight of a version in its model's traffic split", "gauge")
+        yield from (f"trine_traffic_weight{{{arm}}} {weight}" for arm, weight, _ in arms)
+        yield from _header(
+            "trine_traffic_requests", "Requests that the traffic split in force has sent to a version", "counter"
+        )
+        yield from (f"trine_traffic_requests{{{arm}}} {count}" for arm, _, count in arms)
+
+
+def _arm(model: str, version: str) -> str:
+    return f'model="{_escaped(model)}",version="{version}"'
 
 
 def _labels(model: ServedModel) -> str:

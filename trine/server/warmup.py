@@ -30,6 +30,12 @@ async def warm_up(config: ModelConfig, directory: Path | None, workers: list[Wor
                 await _compute(config, sample, inputs, worker)
 
 
+def check_samples(config: ModelConfig, directory: Path | None) -> None:
+    """Raise ModelLoadError for a sample whose data can't be made."""
+    for sample in config.model_warmup:
+        _inputs(config, sample, directory)
+
+
 async def _compute(config: ModelConfig, sample: Any, inputs: dict[str, Tensor], worker: Worker) -> None:
     """One execution: `batch_size` requests of one row each."""
     ended = asyncio.Event()

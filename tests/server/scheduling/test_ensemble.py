@@ -106,7 +106,7 @@ async def test_a_failing_member_fails_the_ensemble_with_its_reason(tmp_path: Pat
     slow(tmp_path, "bad", 'parameters { key: "fails" value { string_value: "1" } }')
     ensemble(tmp_path, "e", step("bad", "x", "y", names=IO), dims=1)
     async with serving(tmp_path) as repository:
-        with pytest.raises(ServerError, match="^told to fail$"):
+        with pytest.raises(ServerError, match=r"^told to fail$"):
             await infer(repository, "e", {"x": row(1)})
         assert repository.model("e").statistics.fail.count == 1
         assert repository.model("e").statistics.failures["OTHER"] == 2
@@ -136,14 +136,16 @@ async def test_optional_inputs_pass_through(tmp_path: Path) -> None:
         tmp_path,
         "both",
         """backend: "identity" max_batch_size: 4
-        input [{ name: "A" data_type: TYPE_FP32 dims: [1] }, { name: "B" data_type: TYPE_FP32 dims: [1] optional: true }]
+        input [{ name: "A" data_type: TYPE_FP32 dims: [1] },
+               { name: "B" data_type: TYPE_FP32 dims: [1] optional: true }]
         output [{ name: "a" data_type: TYPE_FP32 dims: [1] }, { name: "b" data_type: TYPE_FP32 dims: [1] }]""",
     )
     write_model(
         tmp_path,
         "e",
         """platform: "ensemble" max_batch_size: 4
-        input [{ name: "P" data_type: TYPE_FP32 dims: [1] }, { name: "Q" data_type: TYPE_FP32 dims: [1] optional: true }]
+        input [{ name: "P" data_type: TYPE_FP32 dims: [1] },
+               { name: "Q" data_type: TYPE_FP32 dims: [1] optional: true }]
         output [{ name: "p" data_type: TYPE_FP32 dims: [1] }, { name: "q" data_type: TYPE_FP32 dims: [1] }]
         ensemble_scheduling { step [{ model_name: "both" model_version: -1
           input_map { key: "A" value: "P" } input_map { key: "B" value: "Q" }

@@ -151,7 +151,12 @@ def traffic(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
 
 
 def update_traffic(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
-    weights = member(document(exchange), "weights", dict, "a traffic request")
+    body = document(exchange)
+    if body.get("rollback") is True:
+        api.repository.roll_back_traffic(name)
+        traffic(api, exchange, name, version)
+        return
+    weights = member(body, "weights", dict, "a traffic request")
     if not all(isinstance(weight, (int, float)) and not isinstance(weight, bool) for weight in weights.values()):
         raise ServerError(f'\'weights\' must be numbers by version, such as {{"1": 90, "2": 10}}, got {weights!r}')
     api.repository.set_traffic(name, TrafficSplit(weights) if weights else None)

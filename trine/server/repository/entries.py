@@ -54,6 +54,7 @@ class ModelEntry:
     files: Signature = ()
     explicit: bool = False
     traffic: TrafficSplit | None = None
+    traffic_before: TrafficSplit | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property

@@ -75,7 +75,7 @@ class BackendRegistry:
 
     def _attached(self, backend: Backend) -> Backend:
         attach = getattr(backend, "attach", None)
-        if attach is not None:
+        if attach is not None and self.host is not None:
             attach(self.host)
         return backend
 

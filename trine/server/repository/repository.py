@@ -539,8 +539,12 @@ class Repository:
         entry = self._entry(name)
         if split is not None:
             split.attach(lambda version: self.model(name, version), entry.ready)
-        entry.traffic = split
+        entry.traffic_before, entry.traffic = entry.traffic, split
         entry.renew()
+
+    def roll_back_traffic(self, name: str) -> None:
+        """Spread requests as before the last change; once more undoes it."""
+        self.set_traffic(name, self._entry(name).traffic_before)
 
     def _entry(self, name: str) -> ModelEntry:
         entry = self._entries.get(name)
