@@ -5,8 +5,9 @@
 // sums in registers and widens the weights as it goes; x is packed in blocks of rows, and a slice of a panel stays in
 // the first-level cache while all rows of the task pass over it.
 //
-// Every sum runs over k in order, in one chain of fused multiply-adds, whatever the number of rows: a row's result
-// does not depend on what else is in the batch, bit for bit.
+// Every sum is made of slices of k, each one chain of fused multiply-adds, added in order: rounding grows with a slice's
+// length instead of k's, and alike whatever the number of rows. A row's result does not depend on what else is in the
+// batch, bit for bit.
 #pragma once
 
 #include "vec.h"
@@ -89,7 +90,7 @@ INLINE void micro(const X& x, const char* const* b, int64_t k, float* c, int64_t
     vf sum[R][V];
     UNROLL
     for (int r = 0; r < R; ++r) UNROLL
-    for (int v = 0; v < V; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * W) : zero();
+    for (int v = 0; v < V; ++v) sum[r][v] = zero();
 
     for (int64_t i = 0; i < k; i += B::step) {
         const int64_t offset = i / B::step * B::bytes;
@@ -124,7 +125,10 @@ INLINE void micro(const X& x, const char* const* b, int64_t k, float* c, int64_t
     }
     UNROLL
     for (int r = 0; r < R; ++r) UNROLL
-    for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+        float* to = c + r * ldc + v * W;
+        store(to, accumulate ? add(load(to), sum[r][v]) : sum[r][v]);
+    }
 }
 
 // The micro-kernel over `panels` neighbouring panels.
@@ -264,9 +268,8 @@ static void float_task(const LinearJob& job, int64_t index) {
     const int64_t ldc = task.weight_panels * PANEL;
     float* c = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, task.rows * ldc * sizeof(float)));
     const float* x = static_cast<const float*>(job.x);
-    // Two or more blocks share a slice of a panel while it is in the first-level cache.
-    const int64_t depth = job.blocks.count == 1 ? k : SLICE_BYTES / B::bytes * B::step;
-    const int64_t together = job.blocks.count == 1 ? task.weight_panels : panels_at_once(task.rows);
+    const int64_t depth = SLICE_BYTES / B::bytes * B::step;
+    const int64_t together = panels_at_once(task.rows);
     for (int64_t p = 0; p < task.weight_panels; p += together) {
         for (int64_t start = 0; start < k; start += depth) {
             const char* b[2 * MAX_PANELS_PER_TASK];
