@@ -53,8 +53,9 @@ def fill_backend(config: ModelConfig, name: str, version_directory: Path | None)
     """Name, back end, platform and model file, from each other, from the files and from the directory's name."""
     if not config.name:
         config.name = name
-    if config.platform == ENSEMBLE or config.HasField("ensemble_scheduling"):
-        config.platform = config.platform or ENSEMBLE
+    if config.HasField("ensemble_scheduling") and not config.platform and not config.backend:
+        config.platform = ENSEMBLE
+    if config.platform == ENSEMBLE:
         return
     if not config.backend and config.platform:
         config.backend = PLATFORM_BACKENDS.get(config.platform, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -53,10 +54,12 @@ def config_from_json(text: str | dict[str, Any], source: str = "config") -> Mode
     """Parse protobuf's JSON form, as in the load request's `config` parameter."""
     config = pb.ModelConfig()
     try:
-        if isinstance(text, str):
-            json_format.Parse(text, config, descriptor_pool=pool)
-        else:
-            json_format.ParseDict(text, config, descriptor_pool=pool)
+        document = json.loads(text) if isinstance(text, str) else text
+        if not isinstance(document, dict):
+            raise ConfigurationError(f"{source}: not the JSON form of a model configuration: it must be an object")
+        json_format.ParseDict(document, config, descriptor_pool=pool)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{source}: not JSON: {error}") from error
     except json_format.ParseError as error:
         message = str(error).splitlines()[0]
         raise ConfigurationError(f"{source}: {message}{_suggestion(message)}") from error
