@@ -26,7 +26,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights and activations (auto: the checkpoint's)",
     )
-    group.add_argument("--quantization", choices=("int8",), help="store the weights in fewer bits")
+    group.add_argument(
+        "--quantization",
+        choices=("int8", "fp8"),
+        help="store the weights in fewer bits: int8 on a CPU, fp8 on a GPU (activations too)",
+    )
+    group.add_argument(
+        "--cache-dtype",
+        choices=("auto", "fp8"),
+        help="of keys and values; fp8 holds twice the tokens of bfloat16 (default: as the activations)",
+    )
     group.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one"
     )
@@ -70,6 +79,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "load_format": args.load_format,
         "enable_prefix_caching": not args.no_prefix_caching,
         "quantization": args.quantization,
+        "cache_dtype": args.cache_dtype,
         "threads": args.threads,
         "max_model_len": args.max_model_len,
         "max_num_seqs": args.max_num_seqs,

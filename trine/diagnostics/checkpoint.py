@@ -45,6 +45,7 @@ def _failed(name: str, error: TrineError, severity: Severity = "problem") -> Fin
 
 def _architecture(config: ModelConfig) -> Iterator[Finding]:
     from trine.llm.models import ENCODERS, decoder_class, encoder_class
+    from trine.llm.quantization import is_fp8_checkpoint
 
     try:
         _ = (
@@ -63,7 +64,7 @@ def _architecture(config: ModelConfig) -> Iterator[Finding]:
         f"{config.architecture} ({kind}): {shape}, vocabulary {config.vocab_size:,}, context {config.max_model_len:,}",
     )
     method = config.hf.get("quantization_config", {}).get("quant_method")
-    if method:
+    if method and not is_fp8_checkpoint(config.hf["quantization_config"]):
         yield Finding(
             _SECTION,
             "quantization",

@@ -17,7 +17,8 @@ from typing import Literal, cast
 
 import torch
 
-from trine.kernels import reference
+from trine.kernels import fp8, reference
+from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
 from trine.kernels.types import Backend, DecoderLayer, PackedWeight, PagedBatch, Weight
 
 _reference_only = os.environ.get("TRINE_KERNELS", "") == "reference"
@@ -108,9 +109,16 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
     return cast(PackedWeight, native.pack_int8(weight))
 
 
+def pack_fp8(weight: torch.Tensor, scales: torch.Tensor | None = None) -> PackedWeight:
+    """`weight` [N, K] rounded to float8 with a scale a row; with `scales` [N] it holds such numbers already."""
+    return fp8.pack_fp8(weight, scales)
+
+
 @cache
 def _reader(kind: type, on_gpu: bool) -> ModuleType:
     """The module whose `linear` reads weights of a type: for tensors on a CPU and its own integers the reference."""
+    if issubclass(kind, Fp8Weight):
+        return import_module("trine.kernels.triton.fp8") if on_gpu and not _reference_only else fp8
     if on_gpu and not _reference_only:
         return import_module("trine.kernels.triton")
     if issubclass(kind, torch.Tensor | reference.Int8Weight):
@@ -122,19 +130,50 @@ def _reader(kind: type, on_gpu: bool) -> ModuleType:
 
 
 def linear(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Rows, weight: Weight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
     y: torch.Tensor = _reader(type(weight), x.is_cuda).linear(x, weight, bias, out_dtype)
     return y
 
 
-def linear_silu_mul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_silu_mul(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`, in one pass where the back end can: [T, K] to [T, I], weight [2I, K]."""
     if isinstance(weight, torch.Tensor):
         return silu_mul(linear(x, weight, bias))
     y: torch.Tensor = _reader(type(weight), x.is_cuda).linear_silu_mul(x, weight, bias)
     return y
+
+
+def _rounds_for(reader: Weight, x: torch.Tensor | Fp8Rows) -> bool:
+    """Whether the kernel that makes x's successor, [T, …] like x, rounds it for the product with `reader`."""
+    return isinstance(reader, Fp8Weight) and x.is_cuda and not _reference_only and _gpu_fp8().rounds(x.shape[0])
+
+
+@cache
+def _gpu_fp8() -> ModuleType:
+    return import_module("trine.kernels.triton.fp8")
+
+
+def linear_silu_mul_for(reader: Weight, x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
+    """`linear_silu_mul` in the form that the product with `reader` takes fastest."""
+    if not _rounds_for(reader, x):
+        return linear_silu_mul(x, weight, bias)
+    return cast(Rows, _gpu_fp8().silu_mul_rows(linear(x, weight, bias)))
+
+
+def rms_norm_for(reader: Weight, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Rows:
+    """`rms_norm` in the form that the product with `reader` takes fastest."""
+    if not _rounds_for(reader, x):
+        return rms_norm(x, weight, eps)
+    return cast(Rows, _gpu_fp8().rms_norm_rows(x, weight, eps))
+
+
+def add_rms_norm_for(reader: Weight, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Rows:
+    """`add_rms_norm` in the form that the product with `reader` takes fastest."""
+    if not _rounds_for(reader, x):
+        return add_rms_norm(x, residual, weight, eps)
+    return cast(Rows, _gpu_fp8().add_rms_norm_rows(x, residual, weight, eps))
 
 
 def embedding(token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -210,14 +249,20 @@ def prepare_qkv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Norm and rotate the heads of qkv [T, (Hq + 2 Hkv) D], write keys and values to the cache; queries [T, Hq, D].
 
-    qkv is dead afterwards: a back end may work in it.
+    A float8 cache holds them divided by `k_scale` and `v_scale`. qkv is dead afterwards: a back end may work in it.
     """
-    return _of(qkv).prepare_qkv(
+    arguments = (
         qkv, num_heads, num_kv_heads, head_dim, positions, cos_sin, q_norm, k_norm, eps, k_cache, v_cache, slots
-    )
+    )  # fmt: skip
+    if k_cache.dtype == fp8.DTYPE:
+        q: torch.Tensor = _cached_as_fp8(qkv).prepare_qkv(*arguments, k_scale, v_scale)
+        return q
+    return _of(qkv).prepare_qkv(*arguments)
 
 
 def paged_attention(
@@ -227,9 +272,24 @@ def paged_attention(
     batch: PagedBatch,
     scale: float,
     sliding_window: int | None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Causal attention of q [T, Hq, D] over the paged cache, window included: [T, Hq * D]."""
+    """Causal attention of q [T, Hq, D] over the paged cache, window included: [T, Hq * D].
+
+    What a float8 cache holds is to be multiplied by `k_scale` and `v_scale`.
+    """
+    if k_cache.dtype == fp8.DTYPE:
+        y: torch.Tensor = _cached_as_fp8(q).paged_attention(
+            q, k_cache, v_cache, batch, scale, sliding_window, k_scale, v_scale
+        )
+        return y
     return _of(q).paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
+
+
+def _cached_as_fp8(x: torch.Tensor) -> ModuleType:
+    """The back end for tensors like x that works on float8 caches: the native library does not."""
+    return import_module("trine.kernels.triton") if x.is_cuda and not _reference_only else reference
 
 
 def decoder(

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from trine.kernels import fp8
 from trine.kernels.types import PackedWeight, PagedBatch, Weight
 
 
@@ -162,6 +163,8 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> t
 def write_cache(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
     """Write values [T, Hkv, D] to slots [T] of cache [num_blocks, Hkv, block_size, D]."""
     block_size = cache.shape[2]
+    if cache.dtype == fp8.DTYPE:  # PyTorch has no indexed writes of it
+        cache, values = cache.view(torch.uint8), fp8.saturate(values, 1.0).view(torch.uint8)
     cache[slots // block_size, :, slots % block_size] = values.to(cache.dtype)
 
 
@@ -178,12 +181,15 @@ def prepare_qkv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """What stands between the query-key-value projection and attention; returns the queries [T, Hq, D].
 
     qkv [T, (Hq + 2 Hkv) D] holds queries, keys, values. Queries and keys get an RMS norm over each head (if q_norm
     and k_norm [D] are given), then the rotary embedding of their positions [T] (if cos_sin is given). Keys and values
-    are written into the caches [num_blocks, Hkv, block_size, D] at slots [T] = block * block_size + offset.
+    are divided by their scales and written into the caches [num_blocks, Hkv, block_size, D] at slots [T] = block *
+    block_size + offset.
     """
     heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
@@ -194,8 +200,8 @@ def prepare_qkv(
     if cos_sin is not None:
         q = rotate(q, positions, cos_sin)
         k = rotate(k, positions, cos_sin)
-    write_cache(k_cache, k, slots)
-    write_cache(v_cache, v, slots)
+    write_cache(k_cache, k if k_scale == 1.0 else k.float() / k_scale, slots)
+    write_cache(v_cache, v if v_scale == 1.0 else v.float() / v_scale, slots)
     return q.contiguous()
 
 
@@ -206,19 +212,21 @@ def paged_attention(
     batch: PagedBatch,
     scale: float,
     sliding_window: int | None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Causal attention of q [T, Hq, D] over the paged cache, which already holds the batch's own keys and values.
 
-    Caches are [num_blocks, Hkv, block_size, D]; query head h reads key-value head h // (Hq / Hkv). A token at position
-    p sees positions max(0, p - sliding_window + 1) to p. Returns [T, Hq * D].
+    Caches are [num_blocks, Hkv, block_size, D], to be multiplied by k_scale and v_scale; query head h reads key-value
+    head h // (Hq / Hkv). A token at position p sees positions max(0, p - sliding_window + 1) to p. Returns [T, Hq * D].
     """
     num_tokens, num_heads, head_dim = q.shape
     output = q.new_empty(num_tokens, num_heads * head_dim)
     starts = batch.query_start.tolist()
     for sequence, length in enumerate(batch.seq_lens.tolist()):
         rows = slice(starts[sequence], starts[sequence + 1])
-        keys = _gather(k_cache, batch.block_table[sequence], length)
-        values = _gather(v_cache, batch.block_table[sequence], length)
+        keys = _gather(k_cache, batch.block_table[sequence], length) * k_scale
+        values = _gather(v_cache, batch.block_table[sequence], length) * v_scale
         output[rows] = _attend(q[rows], keys, values, scale, sliding_window)
     return output
 
@@ -227,7 +235,10 @@ def _gather(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Ten
     """The first `length` entries of one sequence's cache: [Hkv, length, D] float32."""
     _, num_kv_heads, block_size, head_dim = cache.shape
     num_blocks = (length + block_size - 1) // block_size
-    used = cache[blocks[:num_blocks].long()].transpose(0, 1)
+    if cache.dtype == fp8.DTYPE:  # PyTorch has no indexed reads of it
+        used = cache.view(torch.uint8)[blocks[:num_blocks].long()].view(fp8.DTYPE).transpose(0, 1)
+    else:
+        used = cache[blocks[:num_blocks].long()].transpose(0, 1)
     return used.reshape(num_kv_heads, num_blocks * block_size, head_dim)[:, :length].float()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from trine.core.errors import ConfigurationError, ModelLoadError
 from trine.core.sizes import format_bytes
-from trine.kernels import ops
+from trine.kernels import fp8, ops
 from trine.llm.cache.blocks import BlockPool
 from trine.llm.client import EngineInfo
 from trine.llm.config import DTYPES, ModelConfig
@@ -55,6 +55,7 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         dtype=dtype,
         device=device,
         quantization=options.quantization,
+        cache_dtype=fp8.DTYPE if options.cache_dtype == "fp8" else None,
         load_format=options.load_format,
         max_model_len=max_model_len,
     )
@@ -62,10 +63,11 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
     max_num_seqs = options.max_num_seqs or (256 if device.type == "cuda" else 128)
     max_tokens = options.max_num_batched_tokens or (8192 if device.type == "cuda" else 512)
     max_tokens = max(max_tokens, max_num_seqs)
+    block_size = options.block_size or (64 if device.type == "cuda" else 16)
     plan = plan_cache(
         model.cache_specs(),
         device=device,
-        block_size=options.block_size,
+        block_size=block_size,
         max_model_len=max_model_len,
         max_model_len_given=options.max_model_len is not None,
         max_num_seqs=max_num_seqs,
@@ -74,9 +76,7 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
             max_tokens, max_num_seqs, config.hidden_size, config.intermediate_size, config.vocab_size
         ),
     )
-    limits = SchedulerLimits(
-        max_num_seqs, max_tokens, options.block_size, plan.max_model_len, options.enable_prefix_caching
-    )
+    limits = SchedulerLimits(max_num_seqs, max_tokens, block_size, plan.max_model_len, options.enable_prefix_caching)
     worker = Worker(
         model,
         vocab_size=config.vocab_size,
@@ -102,7 +102,7 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         num_blocks=plan.num_blocks,
-        block_size=options.block_size,
+        block_size=block_size,
         eos_token_ids=config.eos_token_ids,
         sampling_defaults=config.sampling_defaults,
         summary=summary,
@@ -143,6 +143,7 @@ def _summary(
     precision = str(dtype).removeprefix("torch.") + (
         f", {options.quantization} weights" if options.quantization else ""
     )
+    precision += ", fp8 cache" if options.cache_dtype == "fp8" else ""
     tokens = (plan.num_blocks - 1) * limits.block_size
     return (
         f"device    {place}; {precision}",

@@ -15,7 +15,7 @@ from trine.llm.config import ModelConfig, read_json
 from trine.llm.layers.module import WeightedModule, WeightKey
 from trine.llm.models import ENCODERS, decoder_class
 from trine.llm.models.base import Build, CausalLM, CheckpointNames
-from trine.llm.quantization import linear_method
+from trine.llm.quantization import is_fp8_checkpoint, linear_method, stored_method
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
@@ -82,24 +82,28 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None = None,
+    cache_dtype: torch.dtype | None = None,
     load_format: str = "auto",
     max_model_len: int | None = None,
 ) -> tuple[CausalLM, ModelConfig]:
     """The model of a checkpoint directory, and its configuration.
 
     load_format "dummy" needs config.json only and draws random weights. `max_model_len` is the longest context that
-    will be served (default: all that the checkpoint allows): tables of positions have that length. Raises
-    ModelLoadError naming the file, tensor or key that is wrong.
+    will be served (default: all that the checkpoint allows): tables of positions have that length. A checkpoint in
+    float8 is used as it is unless `quantization` says otherwise. `cache_dtype` is that of keys and values, by default
+    `dtype`. Raises ModelLoadError naming the file, tensor or key that is wrong.
     """
     directory = Path(directory)
     config = ModelConfig.from_directory(directory)
-    if config.hf.get("quantization_config"):
-        method = config.hf["quantization_config"].get("quant_method", "unknown")
+    stored = config.hf.get("quantization_config")
+    if stored and not is_fp8_checkpoint(stored):
         raise ModelLoadError(
-            f"{directory} holds weights quantised by {method!r}, which is not supported: "
-            "take the original checkpoint, with quantization='int8' if it has to be small"
+            f"{directory} holds weights quantised by {stored.get('quant_method', 'unknown')!r}, which is not "
+            "supported: take one in float8, or the original, with quantization='int8' if it has to be small"
         )
-    build = Build(device, dtype, linear_method(quantization, device), max_model_len or config.max_model_len)
+    as_stored = stored and quantization is None and load_format == "auto"
+    method = stored_method(device) if as_stored else linear_method(quantization, device)
+    build = Build(device, dtype, method, max_model_len or config.max_model_len, cache_dtype)
     model = decoder_class(config.architecture)(config, build).eval()
     if load_format == "dummy":
         fill_random(model, device)
@@ -123,7 +127,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, names: CheckpointName
     """
     modules = {path: module for path, module in model.named_modules() if isinstance(module, WeightedModule)}
     places = _match(modules, checkpoint, names)
-    waiting = {path: set(module.expected_weights()) for path, module in modules.items()}
+    waiting: dict[str, set[WeightKey]] = {}
+    for path, key in places.values():
+        waiting.setdefault(path, set()).add(key)
     started: set[str] = set()
     for stored, tensor in checkpoint.stream():
         if stored.name not in places:
@@ -161,6 +167,9 @@ def _match(
     for stored in checkpoint.tensors.values():
         place = names.resolve(stored.name)
         if place is None:
+            continue
+        if place[0] in modules and place[1] in modules[place[0]].optional_weights():
+            places[stored.name] = place
             continue
         if place not in expected:
             unused.append(f"{stored.name} ({stored.file.name})")

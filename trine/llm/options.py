@@ -16,10 +16,12 @@ class EngineOptions:
     model: directory, hub name, or "tiny". dtype: auto (the checkpoint's), float32, bfloat16, float16. device: auto,
     cpu, cuda. max_model_len: tokens of prompt and output of one sequence. max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens computed in one step. max_waiting: sequences queued beyond the running ones before
-    new ones are refused. cache_bytes: memory for keys and values. block_size: tokens a cache block. quantization: None
-    or int8 (weights only). load_format: auto, or dummy for random weights from config.json alone. async_loop: plan a
-    step while the last one is computed. threads: CPU threads that compute. seed: makes the seeds of requests without
-    one reproducible.
+    new ones are refused. cache_bytes: memory for keys and values. block_size: tokens a cache block (16 on a CPU, 64 on
+    a GPU, where a block is one request to memory). quantization: None (what the checkpoint holds), int8 (weights only,
+    on a CPU) or fp8 (weights and activations). cache_dtype: of keys and values, auto (the model's) or fp8, which holds
+    twice as many. load_format: auto, or dummy for random weights from config.json alone. async_loop: plan a step while
+    the last one is computed. threads: CPU threads that compute. seed: makes the seeds of requests without one
+    reproducible.
     """
 
     model: str
@@ -31,9 +33,10 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     max_waiting: int = 1024
     cache_bytes: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     enable_prefix_caching: bool = True
-    quantization: Literal["int8"] | None = None
+    quantization: Literal["int8", "fp8"] | None = None
+    cache_dtype: Literal["auto", "fp8"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     async_loop: bool = True
     threads: int | None = None
@@ -43,7 +46,8 @@ class EngineOptions:
         self._among("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._among("device", ("auto", "cpu", "cuda"))
         self._among("load_format", ("auto", "dummy"))
-        self._among("quantization", (None, "int8"))
+        self._among("quantization", (None, "int8", "fp8"))
+        self._among("cache_dtype", ("auto", "fp8"))
         for name, least in (
             ("max_model_len", 2),
             ("max_num_seqs", 1),
@@ -55,9 +59,10 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigurationError(f"{name}={value!r} is too small: give at least {least}", param=name)
-        if self.block_size < 8 or self.block_size & (self.block_size - 1):
+        size = self.block_size
+        if size is not None and (size < 8 or size & (size - 1)):
             raise ConfigurationError(
-                f"block_size={self.block_size}: give a power of two from 8 on; 16 suits most models", param="block_size"
+                f"block_size={size}: give a power of two from 8 on, or leave it out", param="block_size"
             )
 
     def _among(self, name: str, allowed: tuple[Any, ...]) -> None:

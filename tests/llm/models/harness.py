@@ -26,6 +26,7 @@ class PagedModel:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         quantization: str | None = None,
+        cache_dtype: torch.dtype | None = None,
         max_model_len: int | None = None,
         load_format: str = "auto",
     ) -> None:
@@ -35,6 +36,7 @@ class PagedModel:
             dtype=dtype,
             device=torch.device("cpu"),
             quantization=quantization,
+            cache_dtype=cache_dtype,
             max_model_len=max_model_len,
             load_format=load_format,
         )
@@ -42,7 +44,8 @@ class PagedModel:
         for spec in self.model.cache_specs():
             shape = (num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
             # not zeros: whatever reads beyond a sequence must show
-            caches.append((torch.full(shape, 1e4, dtype=spec.dtype), torch.full(shape, 1e4, dtype=spec.dtype)))
+            poison = min(1e4, torch.finfo(spec.dtype).max)
+            caches.append((torch.full(shape, poison, dtype=spec.dtype), torch.full(shape, poison, dtype=spec.dtype)))
         self.model.bind_cache(caches)
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)

@@ -6,14 +6,16 @@ import torch
 
 from trine.kernels import ops
 from trine.llm.batch import Batch, CacheSpec
-from trine.llm.layers.module import Layer
+from trine.llm.layers.module import WeightedModule, WeightKey
 from trine.llm.layers.norm import RMSNorm
 
 
-class Attention(Layer):
+class Attention(WeightedModule):
     """From the fused query-key-value projection of T tokens to their mixed values, through one layer's cache.
 
-    `cos_sin` is the rotary table (None: positions enter elsewhere), `q_norm` and `k_norm` norm each head (Qwen3).
+    `dtype` is the cache's. In float8 it holds keys and values divided by `k_scale` and `v_scale`, which are 1 unless
+    the checkpoint holds others. `cos_sin` is the rotary table (None: positions enter elsewhere), `q_norm` and `k_norm`
+    norm each head (Qwen3).
     """
 
     k_cache: torch.Tensor
@@ -41,6 +43,20 @@ class Attention(Layer):
         self.cos_sin = cos_sin
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.k_scale = 1.0
+        self.v_scale = 1.0
+
+    def expected_weights(self) -> dict[WeightKey, tuple[int, ...]]:
+        return {}
+
+    def optional_weights(self) -> set[WeightKey]:
+        return {WeightKey("k_scale"), WeightKey("v_scale")}
+
+    def create_weights(self, device: torch.device) -> None:
+        pass
+
+    def load_weight(self, key: WeightKey, tensor: torch.Tensor) -> None:
+        setattr(self, key.name, float(tensor))
 
     def bind_cache(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Use these tensors [num_blocks, num_kv_heads, block_size, head_dim] as the cache."""
@@ -62,5 +78,8 @@ class Attention(Layer):
             self.k_cache,
             self.v_cache,
             batch.slots,
+            self.k_scale,
+            self.v_scale,
         )
-        return ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, self.cache_spec.sliding_window)
+        window = self.cache_spec.sliding_window
+        return ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, window, self.k_scale, self.v_scale)

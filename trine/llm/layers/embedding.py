@@ -44,7 +44,7 @@ class TiedEmbedding(Embedding):
 
     def __init__(self, num_rows: int, size: int, dtype: torch.dtype, method: LinearMethod) -> None:
         super().__init__(num_rows, size, dtype)
-        self.method = method
+        self.method = method.for_output()
 
     def process_weights(self) -> None:
         if isinstance(self.weight, torch.Tensor):
@@ -60,6 +60,9 @@ class TiedEmbedding(Embedding):
 
 class OutputProjection(Linear):
     """A projection to the vocabulary with weights of its own."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, method: LinearMethod) -> None:
+        super().__init__(inputs, outputs, bias=bias, dtype=dtype, method=method.for_output())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, K] to [S, V] float32."""

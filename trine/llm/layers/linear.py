@@ -7,16 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from trine.core.errors import ModelLoadError
+from trine.kernels import fp8
+from trine.kernels.fp8 import Rows
 from trine.kernels.types import Weight
 from trine.llm.layers.module import WeightedModule, WeightKey, empty_parameter
 from trine.llm.quantization.method import LinearMethod
+
+BLOCK = 128  # rows and columns that share a scale in checkpoints with a scale a block
+_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+_INPUT_SCALE = "input_scale"
 
 
 class Linear(WeightedModule):
     """y = x Wᵀ + b, with W [N, K].
 
     `outputs` is N, or the rows of each of several projections that share their input, by shard name, in order: one
-    matrix product instead of two or three. `transposed` checkpoints (GPT-2's Conv1D) hold [K, N].
+    matrix product instead of two or three. `transposed` checkpoints (GPT-2's Conv1D) hold [K, N]. Checkpoints in float8
+    hold a `weight_scale` too: one number, one a row, or one a block.
     """
 
     weight: Weight
@@ -40,6 +48,8 @@ class Linear(WeightedModule):
         self.dtype = dtype
         self.method = method
         self.transposed = transposed
+        self._float8 = False
+        self._stored_scales: dict[str, torch.Tensor] = {}
 
     def expected_weights(self) -> dict[WeightKey, tuple[int, ...]]:
         expected: dict[WeightKey, tuple[int, ...]] = {}
@@ -49,11 +59,20 @@ class Linear(WeightedModule):
                 expected[WeightKey("bias", shard)] = (rows,)
         return expected
 
+    def optional_weights(self) -> set[WeightKey]:
+        return {WeightKey(name, shard) for name in (*_WEIGHT_SCALES, _INPUT_SCALE) for shard in self.shards}
+
     def create_weights(self, device: torch.device) -> None:
         self.weight = empty_parameter((self.outputs, self.inputs), self.dtype, device)
         self.bias = empty_parameter((self.outputs,), self.dtype, device) if self.has_bias else None
 
     def load_weight(self, key: WeightKey, tensor: torch.Tensor) -> None:
+        if key.name in _WEIGHT_SCALES:
+            self._stored_scales[key.shard] = tensor.float().to(self.plain_weight().device)
+            return
+        if key.name == _INPUT_SCALE:
+            return  # tokens have scales of their own
+        self._float8 = self._float8 or tensor.dtype == fp8.DTYPE
         start = 0
         for shard, rows in self.shards.items():
             if shard == key.shard:
@@ -64,7 +83,29 @@ class Linear(WeightedModule):
         parameter[start : start + rows].copy_(tensor.t() if transposed else tensor)
 
     def process_weights(self) -> None:
-        self.set_weight(self.method.process(self.plain_weight()))
+        weight = self.plain_weight()
+        self.set_weight(self.method.process(weight, self._row_scales(weight)))
+        self._stored_scales = {}
+
+    def _row_scales(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The scales [N] of `weight`, which holds a checkpoint's float8 numbers; None if it is plain.
+
+        Where not every row has one (blocks, or plain weights beside float8 ones), `weight` is rounded anew to such.
+        """
+        if self._float8 and not self._stored_scales:
+            raise ModelLoadError(f"float8 weights {list(weight.shape)} come without weight_scale: is a file missing?")
+        if not self._stored_scales:
+            return None
+        scales = [self._stored_scales.get(shard) for shard in self.shards]
+        if all(own is not None and own.numel() in (1, n) for own, n in zip(scales, self.shards.values(), strict=True)):
+            parts = zip(self.shards.values(), scales, strict=True)
+            return torch.cat([own.reshape(-1).expand(rows) for rows, own in parts if own is not None])
+        for part, own in zip(torch.split(weight, list(self.shards.values())), scales, strict=True):
+            if own is not None:
+                part.copy_(part.float() * _spread(own, part))
+        row_scales = fp8.row_scales(weight)
+        weight.copy_(fp8.saturate(weight, row_scales[:, None]))
+        return row_scales
 
     def plain_weight(self) -> torch.Tensor:
         """The weight as it was loaded; there is none once it is packed."""
@@ -81,7 +122,7 @@ class Linear(WeightedModule):
     def weight_bytes(self) -> int:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, K] to [T, N]."""
         return self.method.apply(x, self.weight, self.bias)
 
@@ -92,9 +133,24 @@ class GateUpLinear(Linear):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, method: LinearMethod) -> None:
         super().__init__(inputs, {"gate": outputs, "up": outputs}, bias=bias, dtype=dtype, method=method)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, K] to [T, N / 2]."""
-        return self.method.apply_silu_mul(x, self.weight, self.bias)
+    def gated(self, x: Rows, reader: Linear) -> Rows:
+        """[T, K] to [T, N / 2], in the form that `reader` takes."""
+        return self.method.apply_silu_mul(x, self.weight, self.bias, reader.weight)
+
+
+def _spread(scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One number, one a row, or one a block of 128 by 128: for every element of weight [N, K]."""
+    rows, columns = weight.shape
+    if scales.numel() == 1:
+        return scales.reshape(1, 1)
+    if scales.numel() == rows:
+        return scales.reshape(rows, 1)
+    if tuple(scales.shape) != (-(-rows // BLOCK), -(-columns // BLOCK)):
+        raise ModelLoadError(
+            f"weight_scale has shape {list(scales.shape)} for float8 weights {list(weight.shape)}: "
+            f"expected one number, one a row, or one a block of {BLOCK} by {BLOCK}"
+        )
+    return scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
 
 
 def qkv_shards(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:

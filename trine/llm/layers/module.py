@@ -41,6 +41,10 @@ class WeightedModule(Layer):
         """What to load, with the shape that each tensor has in the checkpoint."""
         raise NotImplementedError
 
+    def optional_weights(self) -> set[WeightKey]:
+        """What a checkpoint may hold besides, in any shape: `load_weight` checks it."""
+        return set()
+
     def create_weights(self, device: torch.device) -> None:
         """Allocate the parameters, uninitialised."""
         raise NotImplementedError

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from trine.kernels import ops
+from trine.kernels.fp8 import Rows
+from trine.kernels.types import Weight
 from trine.llm.layers.module import WeightedModule, WeightKey, empty_parameter
 
 
@@ -31,6 +33,14 @@ class RMSNorm(WeightedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def for_product(self, x: torch.Tensor, reader: Weight) -> Rows:
+        """The norm in the form that the product with `reader` takes."""
+        return ops.rms_norm_for(reader, x, self.weight, self.eps)
+
+    def add_for_product(self, x: torch.Tensor, residual: torch.Tensor, reader: Weight) -> Rows:
+        """`add` in the form that the product with `reader` takes."""
+        return ops.add_rms_norm_for(reader, x, residual, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add x to `residual` in place, return the norm of the sum."""

@@ -19,12 +19,15 @@ from trine.llm.quantization.method import LinearMethod
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """How a model is to be built. `max_model_len` is the longest context that will be served."""
+    """How a model is to be built. `max_model_len` is the longest context that will be served; without `cache_dtype`
+    keys and values are kept in `dtype`.
+    """
 
     device: torch.device
     dtype: torch.dtype
     method: LinearMethod
     max_model_len: int
+    cache_dtype: torch.dtype | None = None
 
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)")

@@ -31,7 +31,8 @@ class GPT2Attention(Attention):
         scale = config.head_dim**-0.5 if config.hf.get("scale_attn_weights", True) else 1.0
         if config.hf.get("scale_attn_by_inverse_layer_idx", False):
             scale /= layer + 1
-        super().__init__(config.num_heads, config.num_heads, config.head_dim, dtype=build.dtype, scale=scale)
+        dtype = build.cache_dtype or build.dtype
+        super().__init__(config.num_heads, config.num_heads, config.head_dim, dtype=dtype, scale=scale)
         self.c_attn = _projection(config.hidden_size, 3 * config.hidden_size, build)
         self.c_proj = _projection(config.hidden_size, config.hidden_size, build)
 

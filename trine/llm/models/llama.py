@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trine.kernels import ops, types
+from trine.kernels.fp8 import Rows
 from trine.llm.batch import Batch
 from trine.llm.config import ModelConfig
 from trine.llm.layers.attention import Attention
@@ -41,7 +42,7 @@ class SelfAttention(Attention):
             config.num_heads,
             config.num_kv_heads,
             size,
-            dtype=build.dtype,
+            dtype=build.cache_dtype or build.dtype,
             sliding_window=window,
             cos_sin=cos_sin,
             q_norm=RMSNorm(size, config.norm_eps, build.dtype) if options.head_norm else None,
@@ -59,7 +60,7 @@ class SelfAttention(Attention):
             method=build.method,
         )
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: Rows, batch: Batch) -> torch.Tensor:
         return self.o_proj(super().forward(self.qkv_proj(x), batch))
 
 
@@ -72,8 +73,8 @@ class GatedMLP(Layer):
         self.gate_up_proj = GateUpLinear(config.hidden_size, inner, bias=bias, dtype=build.dtype, method=build.method)
         self.down_proj = Linear(inner, config.hidden_size, bias=bias, dtype=build.dtype, method=build.method)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj(x))
+    def forward(self, x: Rows) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj.gated(x, self.down_proj))
 
 
 class DecoderLayer(Layer):
@@ -99,9 +100,14 @@ class DecoderLayer(Layer):
 
         x is the same from the layer before; adding it is fused with the norm that follows. None in the first layer.
         """
-        x = self.input_layernorm(residual) if x is None else self.input_layernorm.add(x, residual)
-        x = self.post_attention_layernorm.add(self.self_attn(x, batch), residual)
-        return self.mlp(x)
+        first = self.self_attn.qkv_proj.weight
+        norm = self.input_layernorm
+        y = norm.for_product(residual, first) if x is None else norm.add_for_product(x, residual, first)
+        y = self.self_attn(y, batch)
+        norm = self.post_attention_layernorm
+        if isinstance(self.mlp, GatedMLP):
+            return self.mlp(norm.add_for_product(y, residual, self.mlp.gate_up_proj.weight))
+        return self.mlp(norm.add(y, residual))
 
     def as_operation(self) -> types.DecoderLayer | None:
         """The same for a back end that runs a whole stack of layers at once; None for what no such back end knows."""

@@ -14,5 +14,5 @@ class Int8(LinearMethod):
 
     name = "int8"
 
-    def process(self, weight: torch.Tensor) -> Weight:
-        return ops.pack_int8(weight)
+    def process(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
+        return ops.pack_int8(weight if scales is None else (weight.float() * scales[:, None]).to(weight.dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trine.kernels import ops
+from trine.kernels.fp8 import Rows
 from trine.kernels.types import Weight
 
 
@@ -16,16 +17,24 @@ class LinearMethod:
 
     name = "none"
 
-    def process(self, weight: torch.Tensor) -> Weight:
-        """The form of `weight` [N, K] that `apply` reads. The caller drops the original."""
-        return ops.pack_weight(weight)
+    def process(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
+        """The form of `weight` [N, K] that `apply` reads. The caller drops the original.
+
+        With `scales` [N] the checkpoint holds float8 numbers, which `weight` has as they are: the weight itself is
+        their product with the scales.
+        """
+        return ops.pack_weight(weight if scales is None else (weight.float() * scales[:, None]).to(weight.dtype))
+
+    def for_output(self) -> LinearMethod:
+        """The method for the projection to the vocabulary."""
+        return self
 
     def apply(
-        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None
+        self, x: Rows, weight: Weight, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """[T, K] to [T, N], of x's dtype or `out_dtype`."""
         return ops.linear(x, weight, bias, out_dtype)
 
-    def apply_silu_mul(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        """[T, K] to [T, N / 2]: the product's first half, through SiLU, times its second."""
-        return ops.linear_silu_mul(x, weight, bias)
+    def apply_silu_mul(self, x: Rows, weight: Weight, bias: torch.Tensor | None, reader: Weight) -> Rows:
+        """[T, K] to [T, N / 2]: the product's first half, through SiLU, times its second, as `reader` takes it."""
+        return ops.linear_silu_mul_for(reader, x, weight, bias)

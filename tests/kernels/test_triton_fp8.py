@@ -1,0 +1,89 @@
+"""float8 kernels against their references, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from trine.kernels import fp8, reference
+from trine.kernels.fp8 import Fp8Rows
+from trine.kernels.triton import fp8 as kernels
+from trine.kernels.triton.fp8_linear import Fp8Tuning, fp8_linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def assert_same_rows(actual: Fp8Rows, expected: Fp8Rows) -> None:
+    """Equal but for numbers that lie between two of the format's and fall to the other side.
+
+    Triton's interpreter halves what is rounded up to a power of two, and is off among the smallest numbers.
+    """
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual.scales, expected.scales, rtol=2e-2, atol=0)
+    ours, theirs = actual.values.float(), expected.values.float()
+    assert (ours != theirs).float().mean() < (0.05 if DEVICE == "cuda" else 0.2)
+    if DEVICE == "cpu":
+        theirs = torch.where((ours == theirs / 2) | (theirs.abs() < 0.04), ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (5, 1000), (3, 4096)])
+def test_rounding(rows: int, size: int) -> None:
+    x = randn(rows, size)
+    x[0] = 0
+    x[-1, 3] = 1e4
+    assert_same_rows(kernels.quantize_rows(x), fp8.quantize_rows(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter halves numbers that round up to a power of two in bfloat16 too")
+    x, residual, weight = (
+        randn(5, 384, dtype=dtype),
+        randn(5, 384, seed=1, dtype=dtype),
+        randn(384, seed=2, dtype=dtype),
+    )
+    assert_same_rows(
+        kernels.rms_norm_rows(x, weight, 1e-6), fp8.quantize_rows(reference.rms_norm(x, weight, 1e-6))
+    )  # fmt: skip
+    other = residual.clone()
+    actual = kernels.add_rms_norm_rows(x, residual, weight, 1e-6)
+    assert_same_rows(actual, fp8.quantize_rows(reference.add_rms_norm(x, other, weight, 1e-6)))
+    torch.testing.assert_close(residual, other)
+
+
+def test_silu_mul() -> None:
+    gate_up = randn(5, 2 * 208)
+    assert_same_rows(kernels.silu_mul_rows(gate_up), fp8.quantize_rows(reference.silu_mul(gate_up)))
+
+
+@pytest.mark.parametrize("tuning", [None, Fp8Tuning(outputs_block=64, k_block=128, num_stages=2)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(5, 896, 70), (17, 64, 33), (64, 272, 64)])
+def test_small_products(rows: int, inputs: int, outputs: int, tuning: Fp8Tuning | None) -> None:
+    x = fp8.quantize_rows(randn(rows, inputs))
+    weight, bias = fp8.pack_fp8(randn(outputs, inputs, seed=1)), randn(outputs, seed=2)
+    for own in (None, bias):
+        actual = fp8_linear(x, weight, own, tuning=tuning)
+        torch.testing.assert_close(actual, fp8.linear(x, weight, own), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 30, 100])
+def test_products_of_any_number_of_rows(rows: int) -> None:
+    """Up to four rows are not rounded, so that those are nearer to the plain product than the reference is."""
+    x, plain = randn(rows, 320, dtype=torch.bfloat16), randn(48, 320, seed=1)
+    weight, bias = fp8.pack_fp8(plain), randn(48, seed=2, dtype=torch.bfloat16)
+    if kernels.rounds(rows):
+        rounded = kernels.quantize_rows(x) if DEVICE == "cuda" else fp8.quantize_rows(x)
+        actual, expected = kernels.linear(rounded, weight, bias), fp8.linear(x, weight, bias)
+    else:
+        actual = kernels.linear(x, weight, bias)
+        expected = reference.linear(x.float(), weight.dequantize(), bias.float()).to(x.dtype)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0.2)

@@ -1,0 +1,182 @@
+"""float8 products and the kernels that round activations for them, fused with what makes those.
+
+Rounding is bound by memory: a row is read once and written once, at half the size, with its scale. Where it is fused
+with a norm or an activation the plain result is never written at all. Products of many rows are the library's; those of
+5 to some 64 rows, where it reaches a third of the memory's speed, are `fp8_linear`'s. Up to four rows are
+`small_linear`'s, which takes activations as they are: rounding them would gain nothing there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton
+import triton.language as tl
+
+from trine.kernels import fp8
+from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.triton.activation import silu_mul
+from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
+from trine.kernels.triton.small_linear import MAX_ROWS as PLAIN_ROWS
+from trine.kernels.triton.small_linear import small_linear
+
+
+def rounds(num_rows: int) -> bool:
+    """Whether products of so many rows take them rounded."""
+    return num_rows > PLAIN_ROWS
+
+
+@triton.jit
+def _store_rounded(y, columns, inside, values_row_ptr, scale_ptr):
+    """Write a row y [n] float32 divided by its scale, and the scale."""
+    largest = tl.max(tl.abs(tl.where(inside, y, 0.0)), 0)
+    scale = tl.where(largest == 0.0, 1.0, largest / 448.0)
+    y = tl.minimum(tl.maximum(y / scale, -448.0), 448.0)
+    tl.store(values_row_ptr + columns, y.to(values_row_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr, scale)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, values_ptr, scales_ptr, x_stride, size, block: tl.constexpr, early: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(early)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < size
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    _store_rounded(x, columns, inside, values_ptr + row * size, scales_ptr + row)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, residual_stride, size, eps,
+    add: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """The norm of x, or with `add` of residual + x, which becomes the residual; rounded as x is, then to float8."""
+    wait_for_inputs(early)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < size
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if add:
+        residual_row = residual_ptr + row * residual_stride + columns
+        x += tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_row, total, mask=inside)
+        x = total.to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + eps)
+    y = (x * scale * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+    _store_rounded(y, columns, inside, values_ptr + row * size, scales_ptr + row)
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up_ptr, values_ptr, scales_ptr, row_stride, size, block: tl.constexpr, early: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(early)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < size
+    gate = tl.load(gate_up_ptr + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
+    y = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    _store_rounded(y, columns, inside, values_ptr + row * size, scales_ptr + row)
+
+
+def _empty_rows(x: torch.Tensor, size: int) -> Fp8Rows:
+    values = torch.empty((x.shape[0], size), dtype=fp8.DTYPE, device=x.device)
+    return Fp8Rows(values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device), x.dtype)
+
+
+def _warps(block: int) -> int:
+    """Warps for one row: about 16 elements a thread."""
+    return min(max(block // (32 * 16), 1), 16)
+
+
+def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def quantize_rows(x: torch.Tensor) -> Fp8Rows:
+    """Round x [T, K]."""
+    x = _contiguous_rows(x)
+    rows = _empty_rows(x, x.shape[1])
+    block = triton.next_power_of_2(x.shape[1])
+    if x.shape[0]:
+        _quantize_kernel[(x.shape[0],)](
+            x, rows.values, rows.scales, x.stride(0), x.shape[1],
+            block=block, num_warps=_warps(block), **early_launch(x.device),
+        )  # fmt: skip
+    return rows
+
+
+def _launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
+    x = _contiguous_rows(x)
+    target = x if residual is None else residual
+    rows = _empty_rows(x, x.shape[1])
+    block = triton.next_power_of_2(x.shape[1])
+    if x.shape[0]:
+        _rms_norm_kernel[(x.shape[0],)](
+            x, target, weight, rows.values, rows.scales, x.stride(0), target.stride(0), x.shape[1], eps,
+            add=residual is not None, block=block, num_warps=_warps(block), **early_launch(x.device),
+        )  # fmt: skip
+    return rows
+
+
+def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Fp8Rows:
+    """The RMS norm of x [T, H], rounded."""
+    return _launch_rms_norm(x, None, weight, eps)
+
+
+def add_rms_norm_rows(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Fp8Rows:
+    """Add x [T, H] to `residual` [T, H] in place; the sum's RMS norm, rounded. One pass over both."""
+    if residual.shape != x.shape or residual.stride(-1) != 1:
+        raise ValueError(f"residual {tuple(residual.shape)} must be like x {tuple(x.shape)}, rows contiguous")
+    return _launch_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul_rows(gate_up: torch.Tensor) -> Fp8Rows:
+    """silu(gate) * up of gate_up [T, 2I], gate first, rounded: [T, I]."""
+    gate_up = _contiguous_rows(gate_up)
+    size = gate_up.shape[1] // 2
+    rows = _empty_rows(gate_up, size)
+    block = triton.next_power_of_2(size)
+    if gate_up.shape[0]:
+        _silu_mul_kernel[(gate_up.shape[0],)](
+            gate_up, rows.values, rows.scales, gate_up.stride(0), size,
+            block=block, num_warps=_warps(block), **early_launch(gate_up.device),
+        )  # fmt: skip
+    return rows
+
+
+def linear(
+    x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
+    outputs, inputs = weight.shape
+    if isinstance(x, torch.Tensor) and 0 < x.shape[0] <= PLAIN_ROWS:
+        return small_linear(x, weight.values, bias, weight.scales, out_dtype)
+    rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
+    if 0 < rows.shape[0] <= MAX_ROWS and inputs % 16 == 0:
+        return fp8_linear(rows, weight, bias, out_dtype)
+    if inputs % 16 or outputs % 16 or x.dtype != torch.bfloat16 or not rows.is_cuda:
+        y = F.linear(rows.dequantize(), weight.dequantize().to(x.dtype), bias)  # shapes that the library does not take
+        return y if out_dtype is None else y.to(out_dtype)
+    y = torch._scaled_mm(
+        rows.values,
+        weight.values.t(),
+        scale_a=rows.scales[:, None],
+        scale_b=weight.scales[None, :],
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
+    return silu_mul(linear(x, weight, bias))
