@@ -17,6 +17,7 @@ from trine.server.settings import TraceSettings
 logger = logging.getLogger("trine.server.tracing")
 
 _BATCH = 512  # spans sent together
+_SETTLE = 0.1  # seconds between an answer and the note of it
 _INTERVAL = 2.0  # seconds between two posts to the collector
 
 
@@ -43,6 +44,7 @@ class Tracer:
         self._seen: dict[str, int] = {}
         self._left: dict[str, int] = {}
         self._generation = -1
+        self._finished: list[tuple[InferRequest, int]] = []
         self._records: list[dict[str, Any]] = []
         self._files = 0
         self._since_file = 0
@@ -82,14 +84,20 @@ class Tracer:
         request.trace = RequestTrace(self._number, level, parent, trace_id)
 
     def finish(self, request: InferRequest) -> None:
-        """The answer has been handed to the socket."""
-        trace: RequestTrace = request.trace
-        request.trace = None
-        ended = monotonic_ns()
-        if self.settings.mode == "opentelemetry":
-            self._add_spans(request, trace, ended)
-        else:
-            self._add_record(request, trace, ended)
+        """The answer has been handed to the socket. Its batch's times may come just after it: they are waited for."""
+        if not self._finished:
+            asyncio.get_running_loop().call_later(_SETTLE, self._settle)
+        self._finished.append((request, monotonic_ns()))
+
+    def _settle(self) -> None:
+        finished, self._finished = self._finished, []
+        for request, ended in finished:
+            trace: RequestTrace = request.trace
+            request.trace = None
+            if self.settings.mode == "opentelemetry":
+                self._add_spans(request, trace, ended)
+            else:
+                self._add_record(request, trace, ended)
 
     # Triton's file.
 
@@ -190,10 +198,15 @@ class Tracer:
         except OSError as error:
             logger.warning("%d spans could not be sent to %s: %s", len(spans), self.url, error)
 
-    async def close(self) -> None:
-        """Write and send what there is."""
+    def flush(self) -> None:
+        """Write what has been noted to the file."""
+        self._settle()
         if self.settings.mode != "opentelemetry":
             self._write("")
+
+    async def close(self) -> None:
+        """Write and send what there is."""
+        self.flush()
         while self._spans:
             await self._post()
         if self._posting is not None:

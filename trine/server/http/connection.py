@@ -49,8 +49,10 @@ class _Reader:
     """Collects what the parser finds."""
 
     def __init__(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
         self.url = b""
         self.headers: dict[bytes, bytes] = {}
+        self.keep_alive = False
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -58,11 +60,14 @@ class _Reader:
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.setdefault(name.lower(), value)
 
+    def on_headers_complete(self) -> None:
+        self.keep_alive = self.parser.should_keep_alive()
+
 
 def parse_head(data: bytes) -> Head:
     """The request line and headers, up to the empty line. Raises httptools.HttpParserError."""
     reader = _Reader()
-    parser = httptools.HttpRequestParser(reader)
+    parser = reader.parser
     with contextlib.suppress(httptools.HttpParserUpgrade):
         parser.feed_data(data)
     path = httptools.parse_url(reader.url).path or b"/"
@@ -75,7 +80,7 @@ def parse_head(data: bytes) -> Head:
         and (path == b"/v2" or path.startswith(b"/v2/"))
     )
     text = unquote(path.decode("latin-1")) if b"%" in path else path.decode("latin-1")
-    return Head(parser.get_method().decode("ascii"), text, headers, parser.should_keep_alive(), plain)
+    return Head(parser.get_method().decode("ascii"), text, headers, reader.keep_alive, plain)
 
 
 class NativeExchange(Exchange):
@@ -403,7 +408,11 @@ class Connection(asyncio.BufferedProtocol):
         self.transport.write(head + body)
         self._pending = b""
         self._discard = self._closing = True
-        asyncio.get_running_loop().call_later(_LINGER, self.transport.close)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            asyncio.get_running_loop().call_later(_LINGER, self.transport.close)
+        else:
+            self.transport.close()
 
 
 def too_large(size: int, limit: int) -> str:
