@@ -1,4 +1,4 @@
-"""What the conformance tests of the v2 protocol share: a server in a thread, its models, and tritonclient's four clients
+"""What the tests of the v2 protocol share: a server in a thread, its models, tritonclient's four clients
 behind one face.
 """
 
