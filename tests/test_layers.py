@@ -17,12 +17,13 @@ MAY_IMPORT = {
     "core": set(),
     "kernels": {"core"},
     "llm": {"kernels", "core"},
+    "graph": {"kernels", "core"},
     "server": {"llm", "kernels", "core"},
     "service": {"server", "llm", "kernels", "core"},
     "evaluation": {"llm", "core"},
     "benchmark": {"llm", "core"},
     "diagnostics": {"llm", "kernels", "core"},
-    "cli": {"service", "server", "evaluation", "benchmark", "diagnostics", "llm", "kernels", "core"},
+    "cli": {"service", "server", "evaluation", "benchmark", "diagnostics", "llm", "graph", "kernels", "core"},
 }
 """Each part of the package, and the parts that it may import (besides itself)."""
 
