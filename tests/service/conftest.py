@@ -13,8 +13,9 @@ import pytest
 
 from tests.checkpoints import save_checkpoint
 from trine.llm.api import AsyncLLM
+from trine.server.http.server import HttpServer
+from trine.server.listening import listen
 from trine.service.openai.app import Application, create_app
-from trine.service.server import HttpServer, listen
 from trine.service.settings import ServiceSettings
 
 
@@ -45,7 +46,7 @@ async def running(checkpoint: Path, settings: ServiceSettings, options: dict[str
         options.pop("model", checkpoint), dtype="float32", **{"engine_process": False, "threads": 1, **options}
     )
     app = create_app(engine, settings=settings)
-    listener = listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0, "--port")
     server = HttpServer(app)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -16,7 +16,7 @@ import pytest
 
 from tests.service.conftest import Running, Start
 from trine.core.errors import ConfigurationError
-from trine.service.server import listen
+from trine.server.listening import listen
 from trine.service.settings import ServiceSettings
 
 LONG = {"model": "small", "prompt": "abc", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
@@ -212,12 +212,12 @@ async def test_slow_readers_hold_up_nobody(start: Start) -> None:
 
 
 def test_a_port_in_use_is_told_in_a_line() -> None:
-    with listen("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0, "--port") as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigurationError, match=f"port {port} .* in use.*--port"):
-            listen("127.0.0.1", port)
+            listen("127.0.0.1", port, "--port")
     with pytest.raises(ConfigurationError, match="not an address"):
-        listen("no.such.host.invalid", 0)
+        listen("no.such.host.invalid", 0, "--port")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from trine.cli.options import MODEL_HELP, add_engine_options, engine_options, positive, size
 from trine.cli.repository_options import (
@@ -13,6 +15,9 @@ from trine.cli.repository_options import (
     warn_without_effect,
 )
 
+if TYPE_CHECKING:
+    from trine.service.settings import ServiceSettings
+
 USAGE = "MODEL [options]  or  --model-repository DIR [options]"
 
 DESCRIPTION = """\
@@ -21,7 +26,8 @@ Serve a model over HTTP with OpenAI's API, and a playground page at /.
 Nothing has to be set: concurrent requests are batched, shared beginnings of prompts are computed once, and the limits
 come from the memory that is there; they are printed at start. Ctrl-C (or SIGTERM) lets running requests finish.
 
-With --model-repository, serve a Triton model repository: the KServe v2 protocol over HTTP and gRPC, and metrics.
+With --model-repository, serve a Triton model repository. Either way the KServe v2 protocol is there too: over HTTP on
+the same port, over gRPC on the next one (8001), and metrics on the one after (8002).
 """
 
 EXAMPLES = """\
@@ -116,12 +122,43 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("give a MODEL to serve, for example `trine serve tiny`, or --embedding-model")
     configure(args.log_level, json_lines=args.log_json)
     from trine.service.server import serve
+
+    ports = server_settings(args)
+    given = {name for name in ("grpc", "metrics") if getattr(args, f"{name}_port") is not None}
+    ports = replace(ports, optional_ports=frozenset({"grpc", "metrics"} - given))
+    settings = service_settings(args, args.port if args.http_port is None else args.http_port)
+    options = engine_options(args)
+    if args.max_waiting is not None:
+        options["max_waiting"] = args.max_waiting
+    return serve(args.model, settings, options, engine_process=not args.no_engine_process, ports=ports)
+
+
+def serve_repository(args: argparse.Namespace) -> int:
+    """Serve folders of models until a signal."""
+    from trine.core.errors import ConfigurationError
+    from trine.core.logging import configure
+
+    if args.model is not None:
+        raise ConfigurationError("give either a MODEL or --model-repository; an `llm` model can lie in a repository")
+    level = "debug" if args.log_verbose > 0 else args.log_level if args.log_info else "warning"
+    stream = open(args.log_file, "a", encoding="utf-8", buffering=1) if args.log_file else None  # noqa: SIM115
+    configure(level, json_lines=args.log_json, stream=stream)
+    warn_without_effect(args)
+    from trine.server.repository import Repository
+    from trine.service.server import serve_repository as serve
+
+    ports = server_settings(args)
+    return serve(Repository(repository_settings(args)), ports, service_settings(args, ports.http_port or 0))
+
+
+def service_settings(args: argparse.Namespace, port: int) -> ServiceSettings:
+    """What the command line says about OpenAI's routes."""
     from trine.service.settings import ServiceSettings
 
     environment_key = os.environ.get("TRINE_API_KEY", "")
-    settings = ServiceSettings(
+    return ServiceSettings(
         host=args.host,
-        port=args.port,
+        port=port,
         served_model_names=tuple(args.served_model_name),
         embedding_model=args.embedding_model,
         api_keys=tuple(args.api_key) or ((environment_key,) if environment_key else ()),
@@ -133,35 +170,6 @@ def run(args: argparse.Namespace) -> int:
         chat_template=read_text(args.chat_template),
         access_log=not args.no_access_log,
     )
-    options = engine_options(args)
-    if args.max_waiting is not None:
-        options["max_waiting"] = args.max_waiting
-    return serve(args.model, settings, options, engine_process=not args.no_engine_process)
-
-
-def serve_repository(args: argparse.Namespace) -> int:
-    """Serve folders of models until a signal."""
-    import asyncio
-
-    from trine.core.errors import ConfigurationError
-    from trine.core.logging import configure
-
-    if args.model is not None:
-        raise ConfigurationError("give either a MODEL or --model-repository; an `llm` model can lie in a repository")
-    level = "debug" if args.log_verbose > 0 else args.log_level if args.log_info else "warning"
-    stream = open(args.log_file, "a", encoding="utf-8", buffering=1) if args.log_file else None  # noqa: SIM115
-    configure(level, json_lines=args.log_json, stream=stream)
-    warn_without_effect(args)
-    import uvloop
-
-    from trine.server.application import Server
-    from trine.server.repository import Repository
-
-    async def run_server() -> int:
-        return await Server(Repository(repository_settings(args)), server_settings(args)).serve()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run_server())
 
 
 def read_text(path: str | None) -> str | None:

@@ -9,9 +9,9 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import trine
 from trine.core.errors import ConfigurationError
@@ -58,7 +58,7 @@ class ServerSettings:
 
     restricted_*: API group to the header (metadata key) and value that open it. forward_*: regular expression; headers
     that fit become request parameters. http_tls: certificate and key file. drain_seconds: what running requests get at
-    the end.
+    the end. optional_ports: of "grpc" and "metrics", those without which it starts where they are in use.
     """
 
     server_id: str = "triton"
@@ -85,6 +85,7 @@ class ServerSettings:
     trace: Mapping[str, Any] = field(default_factory=dict)
     log_file: str = ""
     drain_seconds: float = 30.0
+    optional_ports: frozenset[str] = frozenset()
 
 
 class Edges:
@@ -129,6 +130,18 @@ class Edges:
             keepalive_timeout=grpc.keepalive_timeout,
         )
 
+    def allow_grpc(self, allow: Callable[[Mapping[str, str]], None]) -> None:
+        """A check of every call's metadata, before that of restricted groups. It raises CallError."""
+        inner = self.grpc_server.allow
+
+        def check(group: str, metadata: Mapping[str, str]) -> None:
+            if group != "health":
+                allow(metadata)
+            if inner is not None:
+                inner(group, metadata)
+
+        self.grpc_server.allow = check
+
     def metrics_page(self, exchange: Exchange) -> None:
         """A handler for the metrics port."""
         if exchange.path not in ("/metrics", "/v2/metrics"):
@@ -167,19 +180,45 @@ def grpc_tls(settings: GrpcSettings) -> ssl.SSLContext | None:
     return context
 
 
+class Guest(Protocol):
+    """An application that shares the HTTP port: it gets what is outside of /v2.
+
+    guarded: whether callers have to show a key. allow_http, allow_grpc: who may call /v2 and gRPC then; the first
+    returns what is wrong, the second raises CallError.
+    """
+
+    guarded: bool
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
+
+    def allow_http(self, exchange: Exchange) -> str | None: ...
+
+    def allow_grpc(self, metadata: Mapping[str, str]) -> None: ...
+
+    async def started(self, server: Server) -> None:
+        """The repository has loaded its models."""
+
+    async def drain(self, timeout: float) -> None:
+        """Take no more requests, and let running ones finish."""
+
+    def summary(self, server: Server) -> str:
+        """What to print when everything is ready."""
+
+
 class Server:
     """A repository served. `serve` runs until a signal; a test calls `start` and `close`."""
 
-    def __init__(self, repository: Repository, settings: ServerSettings) -> None:
+    def __init__(self, repository: Repository, settings: ServerSettings, guest: Guest | None = None) -> None:
         self.repository = repository
         self.settings = settings
+        self.guest = guest
         self.edges = Edges(repository, settings)
         self.ports: dict[str, int] = {}
         self._sockets: dict[str, socket.socket] = {}
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
 
     def bind(self) -> None:
-        """Take the ports. ConfigurationError where one is taken."""
+        """Take the ports. ConfigurationError where one is taken that is not optional."""
         settings = self.settings
         wanted = (
             ("http", settings.host, settings.http_port, settings.reuse_http_port),
@@ -187,8 +226,15 @@ class Server:
             ("metrics", settings.metrics_host or settings.host, settings.metrics_port, False),
         )
         for name, host, port, reuse in wanted:
-            if port is not None:
+            if port is None:
+                continue
+            try:
                 self._sockets[name] = listen(host, port, f"--{name}-port", reuse_port=reuse)
+            except ConfigurationError as error:
+                if name not in settings.optional_ports:
+                    raise
+                logger.warning("%s is not served: %s", name, error.message)
+            else:
                 self.ports[name] = self._sockets[name].getsockname()[1]
 
     async def start(self) -> None:
@@ -197,15 +243,41 @@ class Server:
             self.bind()
         settings, edges = self.settings, self.edges
         if "http" in self._sockets:
-            server = v2_server(edges.http, max_body=settings.max_body, tls=settings.http_tls)
-            self._run(server, self._sockets["http"])
+            self._run(self._http_server(), self._sockets["http"])
         if "metrics" in self._sockets:
             self._run(edges.metrics_server(), self._sockets["metrics"])
         if "grpc" in self._sockets:
             await edges.grpc_server.listen(sock=self._sockets["grpc"], ssl=grpc_tls(settings.grpc))
         await self.repository.start()
+        if self.guest is not None:
+            await self.guest.started(self)
         gc.collect()
         gc.freeze()
+        if self.guest is not None:
+            gc.set_threshold(20_000, 20, 20)  # collecting took a third of a streamed token's time
+
+    def _http_server(self) -> HttpServer:
+        settings, guest = self.settings, self.guest
+        if guest is None:
+            return v2_server(self.edges.http, max_body=settings.max_body, tls=settings.http_tls)
+        if guest.guarded:
+            self.edges.allow_grpc(guest.allow_grpc)
+
+        def guarded(exchange: Exchange) -> None:
+            refusal = guest.allow_http(exchange)
+            if refusal is None:
+                self.edges.http(exchange)
+            else:
+                exchange.respond_json({"error": refusal}, 401)
+
+        handler = guarded if guest.guarded else self.edges.http
+        own = AsgiApplication(handler, max_body=settings.max_body)
+
+        async def both(scope: Any, receive: Any, send: Any) -> None:
+            path = scope.get("path", "")
+            await (own if path == "/v2" or path.startswith("/v2/") else guest)(scope, receive, send)
+
+        return HttpServer(both, handler, max_body=settings.max_body, tls=settings.http_tls)
 
     def _run(self, server: HttpServer, listener: socket.socket) -> None:
         self._http.append((server, asyncio.ensure_future(server.serve(sockets=[listener]))))
@@ -213,6 +285,8 @@ class Server:
     async def close(self) -> None:
         """Take no new requests, let running ones finish, end everything."""
         timeout = self.settings.drain_seconds
+        if self.guest is not None:
+            await self.guest.drain(timeout)
         await self.repository.close(timeout)
         await self.edges.close(1.0)
         for server, _ in self._http:
@@ -251,6 +325,11 @@ class Server:
 
     def summary(self) -> str:
         """Where the server listens."""
+        if self.guest is not None:
+            return self.guest.summary(self)
+        return self.own_summary()
+
+    def own_summary(self) -> str:
         ready = sum(1 for _ in self.repository.models())
         where = ", ".join(f"{name} {self.settings.host}:{port}" for name, port in self.ports.items())
         return f"Trine {trine.__version__} serves {ready} model{'s' if ready != 1 else ''}: {where}"

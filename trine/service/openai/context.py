@@ -36,7 +36,7 @@ class Service:
         embedding: EmbeddingModel | None,
         settings: ServiceSettings,
     ) -> None:
-        self.engine = engine
+        self._engine = engine
         self.embedding = embedding
         check_parser_names(settings)
         self.settings = settings
@@ -50,6 +50,15 @@ class Service:
         self.fingerprint = "fp_" + hashlib.sha256(f"{trine.__version__}/{model}".encode()).hexdigest()[:10]
 
     # --- models ----------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> AsyncLLM | None:
+        """The language model's engine; of several the first."""
+        return self._engine
+
+    def engine_named(self, name: str) -> AsyncLLM | None:
+        """The engine of one of `model_names`."""
+        return self.engine
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -84,10 +93,11 @@ class Service:
             if name in self.embedding_names:
                 raise RequestError(f"the model {name!r} only embeds: use /v1/embeddings", param="model")
             raise unknown_model(name, [*self.model_names, *self.embedding_names])
-        if self.engine is None:
+        engine = self.engine if name is None else self.engine_named(name)
+        if engine is None:
             raise RequestError("no language model is served here, only embeddings", param="model")
         self.check_ready()
-        return self.engine
+        return engine
 
     def tokenizer(self, engine: AsyncLLM) -> Tokenizer:
         if engine.tokenizer is None:

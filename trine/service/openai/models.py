@@ -32,13 +32,12 @@ async def get_model(service: Service, request: Request) -> Response:
 def served_models(service: Service) -> list[Model]:
     """The language model under each of its names, then the embedding model."""
     models = []
-    engine = service.engine
     info = service.info
-    if engine is not None and info is not None:
-        for name in service.model_names:
-            models.append(
-                Model(id=name, created=service.created, root=engine.options.model, max_model_len=info.max_model_len)
-            )
+    for name in service.model_names:
+        engine = service.engine_named(name)
+        if engine is not None and info is not None:
+            length = engine.max_model_len if engine.is_ready else info.max_model_len
+            models.append(Model(id=name, created=service.created, root=engine.options.model, max_model_len=length))
     if service.embedding is not None:
         for name in service.embedding_names:
             models.append(Model(id=name, created=service.created, root=service.settings.embedding_model or name))

@@ -55,6 +55,11 @@ class LlmInstance:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: dict[str, InferRequest] = {}
 
+    @property
+    def engine(self) -> AsyncLLM:
+        """What computes: other protocols may send it requests too."""
+        return self._engine
+
     async def start(self) -> None:
         """Load the model, if the engine is this instance's."""
         if not self._owned:
