@@ -29,7 +29,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("rows", "hidden", "num_experts", "top_k"),
-    [(1, 64, 128, 8), (5, 100, 6, 1), (16, 96, 12, 3), (40, 160, 17, 5), (2060, 64, 17, 2)],
+    [(1, 64, 128, 8), (5, 100, 6, 1), (16, 96, 12, 3), (40, 160, 17, 5), (300, 64, 17, 2)],
 )
 def test_route(rows: int, hidden: int, num_experts: int, top_k: int, normalize: bool) -> None:
     x, gate = random(rows, hidden), random(num_experts, hidden, seed=1) * 0.2

@@ -1,8 +1,8 @@
 """The router of a mixture of experts: gate product, softmax and choice in one launch, then a counting sort.
 
-Roofline: the gate's E * H weights are read once (0.5 MB in Qwen3-30B-A3B), so all is latency. For few rows the gate's
-rows are spread over programs, which ask for them before the kernel in front has finished, and the last program of a row
-to finish chooses its experts.
+Roofline: the gate's E * H weights are read once (0.5 MB in Qwen3-30B-A3B), so all is latency. Up to 256 rows the
+gate is spread over programs, which ask for their part before the kernel in front has finished, and the last one of a
+row to finish chooses its experts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton.language as tl
 
 from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
 
-_FEW_ROWS = 16  # of them each is a program's own; up to _SOME_ROWS the experts too are spread over programs
-_SOME_ROWS = 2048
+_FEW_ROWS = 16  # up to here a program has one row
+_SOME_ROWS = 256  # up to here the experts too are spread over programs
 _TILE_BYTES = 8192  # of the gate that a program of the few-rows kernel, which is one warp, holds
 _ONE_LAUNCH = 4096  # choices that are sorted by one launch
 _PART = 256  # choices that a program places, where there are two
@@ -79,32 +79,37 @@ def _route_few_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _route_many_kernel(
+def _route_some_kernel(
     x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, num_rows, hidden, num_experts, x_stride,
     top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr, expert_block: tl.constexpr,
-    experts_block: tl.constexpr, hidden_block: tl.constexpr, rows_block: tl.constexpr, early: tl.constexpr,
+    experts_block: tl.constexpr, chunks: tl.constexpr, chunk: tl.constexpr, rows_block: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): logits of experts block i for rows block j; the block's last one to arrive chooses."""
+    """Program (i, j): logits of experts block i for rows block j; the block's last one to arrive chooses.
+
+    The sums over H are cut into chunks, one for each warp, and `chunks * chunk` elements are asked for at once.
+    """
+    experts = tl.program_id(0) * expert_block + tl.arange(0, expert_block)
+    served = experts < num_experts
+    columns = tl.arange(0, chunks)[:, None] * chunk + tl.arange(0, chunk)[None, :]
+    gate_row_ptr = gate_ptr + experts[None, None, :] * hidden
+    mask = (columns < hidden)[:, :, None] & served[None, None, :]
+    gate = tl.load(gate_row_ptr + columns[:, :, None], mask=mask, other=0.0)
     wait_for_inputs(early)
     block = tl.program_id(1)
     rows = block * rows_block + tl.arange(0, rows_block)
     present = rows < num_rows
-    experts = tl.program_id(0) * expert_block + tl.arange(0, expert_block)
-    served = experts < num_experts
-    columns = tl.arange(0, hidden_block)
-    logits = tl.zeros([rows_block, expert_block], tl.float32)
-    for start in range(0, hidden, hidden_block):
-        inside = start + columns < hidden
-        x = tl.load(
-            x_ptr + rows.to(tl.int64)[:, None] * x_stride + (start + columns)[None, :],
-            mask=present[:, None] & inside[None, :], other=0.0,
-        )  # fmt: skip
-        gate = tl.load(
-            gate_ptr + experts[None, :] * hidden + (start + columns)[:, None],
-            mask=inside[:, None] & served[None, :], other=0.0,
-        )  # fmt: skip
-        logits = tl.dot(x, gate, logits, input_precision="ieee")
-    mask = present[:, None] & served[None, :]
+    x_row_ptr = x_ptr + rows[None, :, None] * x_stride
+    sums = tl.zeros([chunks, rows_block, expert_block], tl.float32)
+    for _ in range(0, hidden, chunks * chunk):
+        mask = present[None, :, None] & (columns < hidden)[:, None, :]
+        x = tl.load(x_row_ptr + columns[:, None, :], mask=mask, other=0.0)
+        sums = tl.dot(x, gate, sums, input_precision="ieee")
+        columns += chunks * chunk
+        mask = (columns < hidden)[:, :, None] & served[None, None, :]
+        gate = tl.load(gate_row_ptr + columns[:, :, None], mask=mask, other=0.0)
+    logits = tl.sum(sums, 0)
+    mask = present[:, None] & (experts < num_experts)[None, :]
     tl.store(logits_ptr + rows[:, None] * num_experts + experts[None, :], logits, mask=mask)
     tl.debug_barrier()
     if tl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel") == tl.num_programs(0) - 1:
@@ -115,6 +120,29 @@ def _route_many_kernel(
         whole = tl.where(in_row, whole, -float("inf"))
         _choose(whole, rows, present, weights_ptr, chosen_ptr, top_k, normalize, choices)
         tl.store(arrivals_ptr + block, 0)  # ready for the next launch
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _route_many_kernel(
+    x_ptr, gate_ptr, weights_ptr, chosen_ptr, num_rows, hidden, num_experts, x_stride,
+    top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
+    experts_block: tl.constexpr, hidden_block: tl.constexpr, rows_block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """Program i: the experts of rows block i."""
+    wait_for_inputs(early)
+    rows = tl.program_id(0).to(tl.int64) * rows_block + tl.arange(0, rows_block)
+    present = rows < num_rows
+    experts = tl.arange(0, experts_block)
+    columns = tl.arange(0, hidden_block)
+    logits = tl.zeros([rows_block, experts_block], tl.float32)
+    for start in range(0, hidden, hidden_block):
+        mask = present[:, None] & (start + columns < hidden)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_stride + (start + columns)[None, :], mask=mask, other=0.0)
+        mask = (start + columns < hidden)[:, None] & (experts < num_experts)[None, :]
+        gate = tl.load(gate_ptr + experts[None, :] * hidden + (start + columns)[:, None], mask=mask, other=0.0)
+        logits = tl.dot(x, gate, logits, input_precision="ieee")
+    logits = tl.where((experts < num_experts)[None, :], logits, -float("inf"))
+    _choose(logits, rows, present, weights_ptr, chosen_ptr, top_k, normalize, choices)
 
 
 @cache
@@ -140,24 +168,28 @@ def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> t
     }
     if num_rows == 0:
         return weights, chosen
-    few = num_rows <= _FEW_ROWS
-    rows_block, expert_block = (16, 16) if num_rows <= _SOME_ROWS else (64, sizes["experts_block"])
-    blocks = num_rows if few else cdiv(num_rows, rows_block)
     logits = torch.empty((num_rows, num_experts), dtype=torch.float32, device=x.device)
-    arrivals = _counters(x.device, max(triton.next_power_of_2(blocks), 1024))
-    if few:
-        hidden_block = triton.next_power_of_2(hidden)
-        expert_block = max(_TILE_BYTES // x.itemsize // hidden_block, 1)
+    arrivals = _counters(x.device, _FEW_ROWS)
+    widest = triton.next_power_of_2(hidden)
+    early = early_launch(x.device)
+    if num_rows <= _FEW_ROWS:
+        expert_block = max(_TILE_BYTES // x.itemsize // widest, 1)
         _route_few_kernel[(cdiv(num_experts, expert_block), num_rows)](
             x, gate, logits, arrivals, weights, chosen, hidden, num_experts, x.stride(0),
-            **sizes, expert_block=expert_block, hidden_block=hidden_block, num_warps=1, **early_launch(x.device),
+            **sizes, expert_block=expert_block, hidden_block=widest, num_warps=1, **early,
+        )  # fmt: skip
+    elif num_rows <= _SOME_ROWS:
+        _route_some_kernel[(cdiv(num_experts, 16), cdiv(num_rows, 16))](
+            x, gate, logits, arrivals, weights, chosen, num_rows, hidden, num_experts, x.stride(0),
+            **sizes, expert_block=16, chunks=8, chunk=min(max(widest // 8, 16), 256 if x.itemsize == 2 else 32),
+            rows_block=16, num_warps=8, num_stages=1, **early,
         )  # fmt: skip
     else:
-        hidden_block = 32 if x.itemsize > 2 else 256 if rows_block == 16 else 128
-        _route_many_kernel[(cdiv(num_experts, expert_block), blocks)](
-            x, gate, logits, arrivals, weights, chosen, num_rows, hidden, num_experts, x.stride(0),
-            **sizes, expert_block=expert_block, hidden_block=hidden_block,
-            rows_block=rows_block, num_warps=4, num_stages=3, **early_launch(x.device),
+        rows_block = 16 if num_rows <= 2048 else 64
+        _route_many_kernel[(cdiv(num_rows, rows_block),)](
+            x, gate, weights, chosen, num_rows, hidden, num_experts, x.stride(0),
+            **sizes, hidden_block=128 if x.itemsize == 2 else 32, rows_block=rows_block,
+            num_warps=4, num_stages=3, **early,
         )  # fmt: skip
     return weights, chosen
 
