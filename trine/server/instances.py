@@ -29,7 +29,8 @@ logger = logging.getLogger("trine.server")
 Instance = BatchInstance | RequestInstance | AsyncInstance
 
 _INLINE_NS = 200_000  # computations that take less than this run in the event loop
-_TOO_LONG_NS = 1_000_000  # one that took this long there sends the next _PROBATION to a thread
+_TOO_LONG_NS = 1_000_000  # if more than one in nine takes this long there, the next _PROBATION go to a thread
+_TOO_LONG_WEIGHT, _TOO_LONG_LIMIT = 8, 24
 _PROBATION = 256
 _SHORT_NS = 20_000_000  # batches wait at one asynchronous instance only if it computes in less
 _FIRST_IN_THREAD = 4  # the first executions allocate and tune: they don't count
@@ -216,6 +217,7 @@ class InstancePool:
         self._loop_thread = threading.get_ident()
         self._recent_ns = _INLINE_NS
         self._executions = 0
+        self._too_long = 0
         self._probation = 0
 
     def add(self, worker: Worker) -> None:
@@ -364,13 +366,21 @@ class InstancePool:
         return self._recent_ns < _INLINE_NS and self._executions >= _FIRST_IN_THREAD
 
     def _learn(self, batch: Batch, *, inline: bool) -> None:
-        """Keep a moving mean of how long computing takes."""
+        """Keep an estimate of how long computing takes, near its upper third: a pause of the machine hardly moves it."""
         took = batch.end_ns - batch.start_ns
         self._executions += 1
         if self._executions <= _FIRST_IN_THREAD:
             return
-        self._recent_ns += (min(took, 8 * _INLINE_NS) - self._recent_ns) >> 3
-        if inline and took > _TOO_LONG_NS:
+        recent = self._recent_ns
+        self._recent_ns = min(recent * 5 // 4 + 1, 1 << 40) if took > recent else recent * 9 // 10
+        if not inline:
+            return
+        if took <= _TOO_LONG_NS:
+            self._too_long -= self._too_long > 0
+            return
+        self._too_long += _TOO_LONG_WEIGHT
+        if self._too_long > _TOO_LONG_LIMIT:
+            self._too_long = 0
             self._probation = _PROBATION
 
 

@@ -63,6 +63,7 @@ class OnnxBackend:
                 config.dynamic_batching.SetInParent()
         controls = {control.name for control in config.sequence_batching.control_input}
         controls |= {state.input_name for state in config.sequence_batching.state}
+        controls |= {name for item in config.batch_input for name in item.target_name}
         states = {state.output_name for state in config.sequence_batching.state}
         _fill(config, config.input, [tensor for tensor in inputs if tensor.name not in controls])
         _fill(config, config.output, [tensor for tensor in outputs if tensor.name not in states])
@@ -272,7 +273,8 @@ def _check_tensor(config: ModelConfig, kind: str, tensor: Any, known: dict[str, 
     if not actual.shape:
         return  # a scalar, or a shape that the file leaves open
     dims = list(tensor.reshape.shape) if tensor.HasField("reshape") else list(tensor.dims)
-    if config.max_batch_size and not getattr(tensor, "allow_ragged_batch", False):
+    scattered = {name for item in config.batch_output for name in item.target_name}
+    if config.max_batch_size and not getattr(tensor, "allow_ragged_batch", False) and tensor.name not in scattered:
         dims = [-1, *dims]
         if not _is_batched(actual):
             raise ConfigurationError(
