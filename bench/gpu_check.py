@@ -124,7 +124,25 @@ def check_elementwise(chooser: random.Random, dtype: torch.dtype) -> Iterator[Ch
     yield compare("argmax", sampling.argmax(logits)[1], logits.argmax(1))
     few, table = x[:MAX_ROWS], randn(100, size, dtype=dtype)
     yield compare("small_linear", small_linear(few, table), reference.linear(few.double(), table.double()).to(dtype))
+    if DEVICE.type == "cuda" and dtype != torch.float32:
+        yield from check_stream(chooser, dtype)
     yield compare("gelu none", kernels.gelu(x, "none"), reference.gelu(x, "none"))
+
+
+def check_stream(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
+    """The product of 2 to 32 rows; a launch leaves its counters ready for the next."""
+    from trine.kernels.triton.stream_linear import MAX_ROWS as MOST
+    from trine.kernels.triton.stream_linear import stream_linear
+
+    rows, inputs = chooser.randint(1, MOST), 8 * chooser.choice([8, 112, 511, 512, 1792])
+    outputs = chooser.choice([1, 33, 64, 1000, 4096, 28672])
+    x, weight = randn(rows, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype)
+    bias = randn(outputs, dtype=dtype) if chooser.random() < 0.5 else None
+    expected = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    for _ in range(2):
+        yield compare("stream_linear", stream_linear(x, weight, bias), expected.to(dtype))
+        name, error, _ = compare("stream_linear", stream_linear(x, weight, bias, torch.float32), expected.float())
+        yield name, error, 1e-4  # sums of up to 14,336 numbers
 
 
 def check_attention(chooser: random.Random, dtype: torch.dtype, decode_only: bool) -> Iterator[Check]:
@@ -238,17 +256,17 @@ def time_linear(report: Report, bandwidth: float, outputs: int, inputs: int) -> 
     weights = [randn(outputs, inputs, dtype=torch.bfloat16) for _ in range(copies)]
     eighths = [weight.to(torch.float8_e4m3fn) for weight in weights]
     scales = torch.rand(outputs, device=DEVICE)
-    inputs_of = {rows: randn(rows, inputs, dtype=torch.bfloat16) for rows in (1, 2, 16, 64, 256)}
+    inputs_of = {rows: randn(rows, inputs, dtype=torch.bfloat16) for rows in (1, 4, 16, 32, 64, 256)}
     ways: dict[str, tuple[list[torch.Tensor], Callable[[torch.Tensor, int], object]]] = {
         "library": (weights, lambda x, i: torch.nn.functional.linear(x, weights[i])),
-        "ours": (weights, lambda x, i: small_linear(x, weights[i])),
+        "ours": (weights, lambda x, i: kernels.linear(x, weights[i])),
         "ours_fp8": (eighths, lambda x, i: small_linear(x, eighths[i], None, scales)),
     }
     for rows, x in inputs_of.items():
         shares = {
             name: read[0].nbytes / seconds(partial(launch, x), copies) / bandwidth
             for name, (read, launch) in ways.items()
-            if name == "library" or rows <= 2
+            if name == "library" or rows <= (1 if name == "ours_fp8" else 32)
         }
         report.show("timing", f"linear {outputs}x{inputs} {rows} rows", **shares)
 

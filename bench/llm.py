@@ -14,6 +14,7 @@ length, finite log-probabilities, the same tokens for the same prompts, and Tran
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -42,6 +43,9 @@ WORKLOADS = {
     "prefill": (64, 4096, 1),
 }
 """Requests, tokens a prompt, tokens an answer."""
+
+LOAD = (64, 384, 12, 8192, 0.4)
+"""Decoding streams, tokens of each, prompts that arrive meanwhile, their tokens, seconds between them."""
 
 PEERS = ("transformers", "llama_cpp", "openvino", "vllm")
 PAUSE = 0.3
@@ -80,6 +84,8 @@ def main() -> int:
     engines = dict(start_engines(args, model))
     try:
         rows = [row for name in args.workload for row in run_workload(name, args, model, limits, engines)]
+        if args.load:
+            rows += run_load(args, model, engines)
     finally:
         for engine in engines.values():
             engine.close()
@@ -97,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workload", action="append", choices=tuple(WORKLOADS), help="may be repeated (default: cpu-1)"
     )
+    parser.add_argument("--load", action="store_true", help="latency of decoding streams while long prompts arrive too")
     parser.add_argument("--peer", action="append", default=[], choices=PEERS, help="may be repeated")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="a peer's interpreter")
     parser.add_argument(
@@ -122,6 +129,8 @@ def parse_arguments() -> argparse.Namespace:
 def start_engines(args: argparse.Namespace, model: checkpoints.Model) -> Iterator[tuple[str, EngineProcess]]:
     """Trine, which must start, and the peers that do; why another did not is printed."""
     shapes = [WORKLOADS[name] for name in args.workload]
+    if args.load:
+        shapes += [(LOAD[0], 128, LOAD[1]), (1, LOAD[3], 1)]
     given = dict(pair.split("=", 1) for pair in args.python)
     for name in ("trine", *args.peer):
         settings: dict[str, Any] = {
@@ -211,6 +220,35 @@ def run_workload(
             }
         )
     print_rows(name, shape, rows, faults)
+    return rows
+
+
+def run_load(
+    args: argparse.Namespace, model: checkpoints.Model, engines: dict[str, EngineProcess]
+) -> list[dict[str, Any]]:
+    """Streams that decode while long prompts keep arriving: milliseconds between a stream's tokens, and throughput."""
+    streams, stream_new, prompts, prompt_len, interval = LOAD
+    print(
+        f"\nload: {streams} streams of {stream_new} tokens, every {interval} s one of {prompts} prompts of {prompt_len}"
+    )
+    rows = []
+    for name, engine in engines.items():
+        texts = make_prompts(model, (streams, 128, 1), seed=7), make_prompts(model, (prompts, prompt_len, 1), seed=8)
+        requests = [{"at": 0.0, "prompt": prompt, "new": stream_new} for prompt in texts[0]]
+        requests += [{"at": 1 + interval * i, "prompt": prompt, "new": 1} for i, prompt in enumerate(texts[1])]
+        time.sleep(PAUSE)
+        times = engine.ask("timeline", requests=requests)["times"]
+        gaps = sorted(b - a for own in times[:streams] for a, b in itertools.pairwise(own))
+        waits = [own[0] - request["at"] for own, request in zip(times[streams:], requests[streams:], strict=True)]
+        figures = {
+            "gap_p50_ms": 1e3 * statistics.median(gaps),
+            "gap_p99_ms": 1e3 * gaps[int(0.99 * len(gaps))],
+            "gap_max_ms": 1e3 * gaps[-1],
+            "prompt_wait_ms": 1e3 * statistics.median(waits),
+            "seconds": max(own[-1] for own in times),
+        }
+        print(f"  {name:<13}" + "  ".join(f"{key} {value:,.1f}" for key, value in figures.items()), flush=True)
+        rows.append({"model": args.model, "workload": "load", "engine": name, "faults": [], **figures})
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import trine
@@ -28,6 +29,29 @@ class Engine:
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
         return [output.outputs[0].token_ids for output in outputs]
+
+    def timeline(self, requests: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+        """When each token of each request came, in seconds from the start; requests come at their `at`."""
+        core, processor = self._llm._core, self._llm._processor
+        times: list[list[float]] = [[] for _ in requests]
+        request_of: dict[int, int] = {}
+        waiting = sorted(range(len(requests)), key=lambda index: requests[index]["at"])
+        started = time.perf_counter()
+        while waiting or core.has_work:
+            while waiting and requests[waiting[0]]["at"] <= time.perf_counter() - started:
+                index = waiting.pop(0)
+                own = requests[index]
+                params = SamplingParams(temperature=0, max_tokens=own["new"], ignore_eos=True, detokenize=False)
+                _, sequences = processor.start({"prompt_token_ids": own["prompt"]}, params)
+                for sequence in sequences:
+                    request_of[sequence.id] = index
+                    core.add(sequence)
+            outputs = core.step().outputs if core.has_work else []
+            now = time.perf_counter() - started
+            for output in outputs:
+                times[request_of[output.id]] += [now] * len(output.token_ids)
+            processor.process(outputs)
+        return {"times": times}
 
     def finite(self, prompt: list[int], tokens: list[int]) -> dict[str, bool]:
         """Whether each token's log-probability is a number."""

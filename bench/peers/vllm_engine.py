@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -44,3 +45,22 @@ class Engine:
         params = vllm.SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         outputs = self._llm.generate([{"prompt_token_ids": own} for own in prompts], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def timeline(self, requests: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+        """When each token of each request came, in seconds from the start; requests come at their `at`."""
+        engine = self._llm.llm_engine
+        times: list[list[float]] = [[] for _ in requests]
+        waiting = sorted(range(len(requests)), key=lambda index: requests[index]["at"])
+        started = time.perf_counter()
+        while waiting or engine.has_unfinished_requests():
+            while waiting and requests[waiting[0]]["at"] <= time.perf_counter() - started:
+                index = waiting.pop(0)
+                own = requests[index]
+                params = vllm.SamplingParams(temperature=0, max_tokens=own["new"], ignore_eos=True, detokenize=False)
+                engine.add_request(str(index), {"prompt_token_ids": own["prompt"]}, params)
+            outputs = engine.step() if engine.has_unfinished_requests() else []
+            now = time.perf_counter() - started
+            for output in outputs:
+                own_times = times[int(output.request_id.split("-")[0])]
+                own_times += [now] * (len(output.outputs[0].token_ids) - len(own_times))
+        return {"times": times}

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from trine.kernels.triton.sampling import argmax
+from trine.kernels.triton.sampling import argmax, choose_greedy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,3 +37,15 @@ def test_nan_and_infinity_have_no_finite_largest() -> None:
 
 def test_no_rows() -> None:
     assert argmax(torch.zeros(0, 10, device=DEVICE))[1].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_choice_is_kept_as_its_rows_last_token(dtype: torch.dtype) -> None:
+    logits = torch.randint(-40, 40, (4, 5000), generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
+    logits[2, 77] = math.nan
+    last_token = torch.full((9,), 5, device=DEVICE)
+    rows = torch.tensor([7, 0, 3, 8], device=DEVICE)
+    tokens = choose_greedy(logits, rows, last_token).tolist()
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert tokens == [expected[0], expected[1], -1, expected[3]]
+    assert last_token.tolist() == [expected[1], 5, 5, 0, 5, 5, 5, expected[0], expected[3]]

@@ -1,24 +1,29 @@
-"""CUDA graphs of decode steps: the launches of a whole forward pass, recorded once and replayed as one.
+"""CUDA graphs of decode steps: the launches of a whole step, recorded once and replayed as one.
 
-A graph has a fixed number of rows; a step is padded up to the next size. Padding rows are sequences of one token in
-cache block 0, which the engine keeps free for that. Lengths and block tables are read on the device, so one graph
-serves any lengths. A size is captured when it has come up often enough to be worth it; until then the model runs
-directly, and the server is ready before any graph is.
+A graph makes the step's inputs from what the rows of running sequences hold on the device, runs the model and, where
+every row is greedy, chooses the tokens; what changes from step to step comes in as one small copy. It has a fixed
+number of rows; a step is padded up to the next size with sequences of one token in cache block 0, which the engine
+keeps free for that. Lengths and block tables are read on the device, so one graph serves any lengths. A size is
+captured when it has come up often enough to be worth it; until then steps are launched one kernel at a time, and the
+server is ready before any graph is.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from trine.kernels.triton.sampling import choose_greedy
+from trine.kernels.triton.staging import FIELDS, HEADER, stage_decode
 from trine.llm.batch import Batch
+from trine.llm.models.base import CausalLM
+from trine.llm.sampling.upload import PinnedRing
 
 MAX_ROWS = 512
 CAPTURE_AT = 2  # the use of a size at which it is captured
-
-Forward = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -28,74 +33,78 @@ def graph_sizes(max_rows: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Replays `model(token_ids, batch)` for batches of decode rows only. One instance a model and device."""
+    """Decode steps of a model, one new token a row. One instance a model and device.
 
-    def __init__(self, model: Forward, *, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+    last_token [rows + 1] int64 and table [rows, columns] int32 are the rows' state: the tokens sampled last, and cache
+    blocks. The last entry of `last_token` is nobody's.
+    """
+
+    def __init__(self, model: CausalLM, last_token: torch.Tensor, table: torch.Tensor, block_size: int) -> None:
         self.model = model
-        self.sizes = graph_sizes(max_num_seqs)
-        self._uses: Counter[int] = Counter()
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.sizes = graph_sizes(table.shape[0])
+        self._last_token = last_token
+        self._table = table
+        self._block_size = block_size
+        self._uses: Counter[tuple[int, bool]] = Counter()
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        rows = self.sizes[-1]
+        device, rows = table.device, self.sizes[-1]
+        self._step = torch.zeros(HEADER + FIELDS * rows, dtype=torch.int32, device=device)
+        self._on_host = PinnedRing(self._step.shape[0])
         self._token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._batch = Batch(
-            positions=torch.zeros(rows, dtype=torch.int64, device=device),
-            slots=torch.zeros(rows, dtype=torch.int64, device=device),
-            query_start=torch.arange(rows + 1, dtype=torch.int32, device=device),
-            seq_lens=torch.ones(rows, dtype=torch.int32, device=device),
-            block_table=torch.zeros((rows, max_blocks), dtype=torch.int32, device=device),
-            num_decodes=rows,
-            max_query_len=1,
-            max_seq_len=1,
-        )
+        self._rows = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._seq_lens = torch.ones(rows, dtype=torch.int32, device=device)
+        self._block_table = torch.zeros((rows, table.shape[1]), dtype=torch.int32, device=device)
 
     def can_run(self, num_rows: int) -> bool:
-        """Whether a step of `num_rows` decode rows should replay a graph; counts the use."""
-        if not 0 < num_rows <= self.sizes[-1]:
-            return False
-        size = self._padded(num_rows)
-        self._uses[size] += 1
-        return size in self._graphs or self._uses[size] >= CAPTURE_AT
+        return 0 < num_rows <= self.sizes[-1]
 
-    def run(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Hidden states [n, H] of n decode rows; they hold until the next run."""
-        from trine.kernels.triton.staging import stage_decode
+    def run(self, entries: npt.NDArray[np.int32], width: int, greedy: bool) -> torch.Tensor:
+        """The tokens [n] int64 that n rows choose, or if not `greedy` their hidden states [n, H].
 
-        num_rows = token_ids.shape[0]
-        size = self._padded(num_rows)
-        to_token_ids, to_batch = self._inputs(size)
-        stage_decode(token_ids, batch, to_token_ids, to_batch)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(to_token_ids, to_batch)
-        graph, hidden = self._graphs[size]
-        graph.replay()
-        return hidden[:num_rows]
+        entries [n, FIELDS]: see `stage_decode`; width: columns of the longest one's block table. A token is -1 where
+        logits are not finite. What is returned holds until the next run.
+        """
+        num_rows = len(entries)
+        host = self._on_host.next()
+        host[0], host[1] = num_rows, width
+        host[HEADER : HEADER + entries.size] = entries.reshape(-1)
+        self._on_host.copy_to(self._step, HEADER + entries.size)
+        size = next(size for size in self.sizes if size >= num_rows)
+        key = (size, greedy)
+        if key in self._graphs:
+            graph, result = self._graphs[key]
+            graph.replay()
+            return result[:num_rows]
+        self._uses[key] += 1
+        result = self._compute(size, greedy)
+        if self._uses[key] >= CAPTURE_AT:
+            self._graphs[key] = self._capture(size, greedy)
+        return result[:num_rows]
 
-    def _padded(self, num_rows: int) -> int:
-        return next(size for size in self.sizes if size >= num_rows)
-
-    def _inputs(self, size: int) -> tuple[torch.Tensor, Batch]:
-        """The first `size` rows of the buffers that graphs read."""
-        batch = self._batch
-        return self._token_ids[:size], Batch(
-            positions=batch.positions[:size],
-            slots=batch.slots[:size],
-            query_start=batch.query_start[: size + 1],
-            seq_lens=batch.seq_lens[:size],
-            block_table=batch.block_table[:size],
+    def _compute(self, size: int, greedy: bool) -> torch.Tensor:
+        token_ids, rows = self._token_ids[:size], self._rows[:size]
+        batch = Batch(
+            positions=self._positions[:size],
+            slots=self._slots[:size],
+            query_start=self._query_start[: size + 1],
+            seq_lens=self._seq_lens[:size],
+            block_table=self._block_table[:size],
             num_decodes=size,
             max_query_len=1,
             max_seq_len=1,
         )
+        stage_decode(self._step, self._last_token, self._table, self._block_size, token_ids, rows, batch)
+        hidden = self.model(token_ids, batch)
+        return choose_greedy(self.model.compute_logits(hidden), rows, self._last_token) if greedy else hidden
 
-    def _capture(self, token_ids: torch.Tensor, batch: Batch) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """Record the model on these buffers. It runs once before, so that what it makes at first use is made.
-
-        Running it twice on the same inputs is harmless: a step writes the same keys and values to the same slots.
-        """
-        self.model(token_ids, batch)
+    def _capture(self, size: int, greedy: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Record a step; nothing runs. It has run before, so that what it makes at first use is made."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            hidden = self.model(token_ids, batch)
-        return graph, hidden
+            result = self._compute(size, greedy)
+        return graph, result

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from trine.llm.request import TokenScores
 from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
 from trine.llm.sampling.sampler import Sampler
 from trine.llm.scheduler import SchedulerLimits, Step
+
+if TYPE_CHECKING:
+    from trine.llm.decode import DecodeSteps
 
 
 @dataclass(slots=True)
@@ -49,47 +52,47 @@ class Worker:
         self.limits = limits
         self.eos_token_ids = eos_token_ids
         self.sampler = Sampler(limits.max_num_seqs, vocab_size, device)
-        self.last_token = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device)
+        # The last entry is for rows that only pad a batch.
+        self.last_token = torch.zeros(limits.max_num_seqs + 1, dtype=torch.int64, device=device)
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self._block_table = np.zeros((limits.max_num_seqs, max_blocks), dtype=np.int32)
         self._hidden: torch.Tensor | None = None
+        self._chosen: torch.Tensor | None = None
         self._ends: np.ndarray[Any, np.dtype[np.int32]] = np.zeros(0, dtype=np.int32)
-        self._run = self._choose_runner()
+        self._decoder = self._graphs() if device.type == "cuda" else None
         model.bind_cache(allocate_cache(model.cache_specs(), num_blocks, limits.block_size, device))
 
-    def _choose_runner(self) -> Callable[[torch.Tensor, Batch], torch.Tensor]:
-        """Decode steps replay CUDA graphs on a GPU; everything else runs the model directly."""
-        if self.device.type != "cuda":
-            return self.model
-        from trine.llm.graphs import DecodeGraphs
+    def _graphs(self) -> DecodeSteps:
+        from trine.llm.decode import DecodeSteps
 
-        graphs = DecodeGraphs(
-            self.model,
-            max_num_seqs=self.limits.max_num_seqs,
-            max_blocks=self._block_table.shape[1],
-            device=self.device,
-        )
-
-        def run(token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
-            decodes_only = batch.num_decodes == token_ids.shape[0]
-            if decodes_only and graphs.can_run(batch.num_decodes):
-                return graphs.run(token_ids, batch)
-            return self.model(token_ids, batch)
-
-        return run
+        return DecodeSteps(self.model, self.last_token, self._block_table, self.limits.block_size)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:
         """Bring the rows up to date and run the model over the step's tokens."""
         self._update_rows(step)
+        self._hidden = self._chosen = None
+        decoder = self._decoder
+        if decoder is not None and decoder.can_run(step):
+            greedy = self.sampler.is_plain(step.rows)
+            result = decoder.run(step, greedy)
+            if greedy:
+                self._chosen = result
+            else:
+                self._hidden = result
+            return
+        if decoder is not None:
+            decoder.missed(step)
         token_ids, batch = self._gather(step)
-        self._hidden = self._run(token_ids, batch)
+        self._hidden = self.model(token_ids, batch)
 
     @torch.inference_mode()
     def sample(self, step: Step, bitmask: torch.Tensor | None = None) -> Callable[[], StepResult]:
         """Sample after `step.sampled`; `bitmask` [len(sampled), ceil(vocab / 32)] int32 has the allowed tokens' bits
         set.
         """
+        if self._chosen is not None:
+            return self._reader(self._chosen, None, {})
         hidden = self._hidden
         assert hidden is not None, "sample() needs a forward()"
         prompt_scores = self._score_prompts(step, hidden)

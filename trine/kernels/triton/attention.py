@@ -34,6 +34,8 @@ def paged_attention(
     batch: PagedBatch,
     scale: float,
     sliding_window: int | None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Causal attention of q [T, Hq, D] over the paged cache, which holds the batch's own keys and values: [T, Hq * D].
 
@@ -41,11 +43,33 @@ def paged_attention(
     depends on nothing but that row: sequences are split by their own length alone.
     """
     num_tokens, num_heads, head_dim = q.shape
-    if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
-        raise ValueError(f"caches must have equal strides, the last 1: {k_cache.stride()} and {v_cache.stride()}")
+    _check(k_cache, v_cache)
     out = torch.empty((num_tokens, num_heads * head_dim), dtype=q.dtype, device=q.device)
     if batch.num_decodes:
-        decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+        decode_attention(
+            q, k_cache, v_cache, batch, scale, sliding_window, out, k_scale=k_scale, v_scale=v_scale
+        )  # fmt: skip
     if batch.num_decodes < num_tokens:
-        prefill_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+        _prefill(q, k_cache, v_cache, batch, scale, sliding_window, k_scale, v_scale, out)
     return out
+
+
+def _check(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
+        raise ValueError(f"caches must have equal strides, the last 1: {k_cache.stride()} and {v_cache.stride()}")
+
+
+def _prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    sliding_window: int | None,
+    k_scale: float,
+    v_scale: float,
+    out: torch.Tensor,
+) -> None:
+    prefill_attention(q, k_cache, v_cache, batch, scale * k_scale, sliding_window, out)
+    if v_scale != 1.0:
+        out[batch.num_decodes :] *= v_scale

@@ -41,7 +41,7 @@ class DecodeTuning:
 
 @triton.jit
 def _merge(
-    m_ptr, sums_ptr, acc_ptr, out_ptr, num_pieces, group: tl.constexpr, head_dim: tl.constexpr,
+    m_ptr, sums_ptr, acc_ptr, out_ptr, num_pieces, v_scale, group: tl.constexpr, head_dim: tl.constexpr,
     max_pieces: tl.constexpr, ahead: tl.constexpr, group_block: tl.constexpr, dim_block: tl.constexpr,
 ):  # fmt: skip
     """Add up the pieces of one sequence and key-value head in order, and write its `group` output rows.
@@ -73,7 +73,7 @@ def _merge(
             total += weight * sums
             acc += weight[:, None] * part
     total = tl.where(heads < group, total, 1.0)
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    out = (acc / total[:, None] * v_scale).to(out_ptr.dtype.element_ty)
     inside = (heads < group)[:, None] & (dims < head_dim)[None, :]
     tl.store(out_ptr + heads[:, None] * head_dim + dims[None, :], out, mask=inside)
 
@@ -81,7 +81,7 @@ def _merge(
 @triton.jit(do_not_specialize=["window", "table_stride"])
 def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr, out_ptr, m_ptr, sums_ptr, acc_ptr, arrivals_ptr,
-    num_kv_heads, window, scale, table_stride, cache_block_stride, cache_head_stride, cache_token_stride,
+    num_kv_heads, window, scale, v_scale, table_stride, cache_block_stride, cache_head_stride, cache_token_stride,
     spread: tl.constexpr, has_window: tl.constexpr, early: tl.constexpr,
     block_size: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr,
     kv_block: tl.constexpr, min_piece: tl.constexpr, max_pieces: tl.constexpr,
@@ -129,12 +129,12 @@ def _decode_kernel(
             kv_mask = kv_mask & (dims < head_dim)[None, :]
         k = tl.load(k_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_cache_ptr + offset[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-        scores = tl.where(visible[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+        scores = tl.where(visible[None, :], tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee"), -float("inf"))
         new_m = tl.maximum(m, tl.ceil(tl.max(scores, 1) * scale))  # whole: what follows scales by powers of two
         p = tl.exp2(tl.fma(scores, scale, -new_m[:, None]))
         rescale = tl.exp2(m - new_m)
         sums = sums * rescale + tl.sum(p, 1)
-        acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        acc = acc * rescale[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         m = new_m
 
         piece = (position - begin) // piece_size
@@ -162,12 +162,12 @@ def _decode_kernel(
         if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == tl.cdiv(num_pieces, pieces_a_run) - 1:
             _merge(
                 m_ptr + pieces_row * group, sums_ptr + pieces_row * group, acc_ptr + pieces_row * group * head_dim,
-                out_ptr + first_row * head_dim, num_pieces, group, head_dim,
+                out_ptr + first_row * head_dim, num_pieces, v_scale, group, head_dim,
                 max_pieces, ahead, merge_group_block, dim_block,
             )  # fmt: skip
             tl.store(arrival_ptr, 0)  # ready for the next launch
     else:
-        out = (total_acc / total_sums[:, None]).to(out_ptr.dtype.element_ty)
+        out = (total_acc / total_sums[:, None] * v_scale).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (first_row + rows)[:, None] * head_dim + dims[None, :], out, mask=q_mask)
 
 
@@ -186,8 +186,13 @@ def decode_attention(
     sliding_window: int | None,
     out: torch.Tensor,
     tuning: DecodeTuning | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
-    """Attention of the first `batch.num_decodes` rows of q [T, Hq, D] into those of out [T, Hq * D]."""
+    """Attention of the first `batch.num_decodes` rows of q [T, Hq, D] into those of out [T, Hq * D].
+
+    A float8 cache holds keys and values divided by `k_scale` and `v_scale`.
+    """
     tuning = tuning or DecodeTuning()
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -214,7 +219,8 @@ def decode_attention(
         _arrivals(q.device, max(65536, triton.next_power_of_2(units))),
         num_kv_heads,
         sliding_window or 0,
-        scale * LOG2_E,
+        scale * k_scale * LOG2_E,
+        v_scale,
         batch.block_table.stride(0),
         k_cache.stride(0),
         k_cache.stride(1),

@@ -68,6 +68,8 @@ def _prepare_qkv_kernel(
     cache_head_stride,
     cache_token_stride,
     eps,
+    k_scale,
+    v_scale,
     num_heads,
     num_kv_heads,
     block_size: tl.constexpr,
@@ -112,10 +114,12 @@ def _prepare_qkv_kernel(
             k = _norm_and_rotate(
                 row_ptr, heads, inside, k_norm_ptr, cos_sin_row, eps, head_dim, rotary_dim, has_k_norm, dim_block
             )
+            k = k.to(qkv_ptr.dtype.element_ty).to(tl.float32) * (1.0 / k_scale)
             tl.store(k_cache_ptr + place, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
         else:
             row_ptr += (num_heads + num_kv_heads) * head_dim
             v = tl.load(row_ptr + heads[:, None] * head_dim + dims[None, :], mask=inside, other=0.0)
+            v = v.to(tl.float32) * (1.0 / v_scale)
             tl.store(v_cache_ptr + place, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
@@ -132,8 +136,13 @@ def prepare_qkv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Norm and rotate the heads of qkv [T, (Hq + 2 Hkv) D], write keys and values to the cache; queries [T, Hq, D]."""
+    """Norm and rotate the heads of qkv [T, (Hq + 2 Hkv) D], write keys and values to the cache; queries [T, Hq, D].
+
+    A float8 cache holds them divided by their scales.
+    """
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError(f"caches must have equal strides, the last 1: {k_cache.stride()} and {v_cache.stride()}")
     num_tokens = qkv.shape[0]
@@ -158,6 +167,8 @@ def prepare_qkv(
         k_cache.stride(1),
         k_cache.stride(2),
         eps,
+        k_scale,
+        v_scale,
         num_heads,
         num_kv_heads,
         block_size=k_cache.shape[2],

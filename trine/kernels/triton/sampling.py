@@ -20,10 +20,13 @@ _BLOCK = 2048
 
 @triton.jit
 def _argmax_kernel(
-    logits_ptr, largest_ptr, tokens_ptr, part_largest_ptr, part_tokens_ptr, arrivals_ptr, width, row_stride,
-    parts: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+    logits_ptr, largest_ptr, tokens_ptr, part_largest_ptr, part_tokens_ptr, arrivals_ptr, rows_ptr, last_token_ptr,
+    width, row_stride, chooses: tl.constexpr, parts: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): the largest logit of a part of a row and the first column that has it."""
+    """Program (row, part): the largest logit of a part of a row and the first column that has it.
+
+    The program that comes last has the row's: its outputs, or if it `chooses` the token alone.
+    """
     wait_for_inputs(early)
     row = tl.program_id(0)
     part = tl.program_id(1)
@@ -34,7 +37,7 @@ def _argmax_kernel(
     token = start
     for first in range(start, tl.minimum(start + part_width, width), block):
         columns = first + tl.arange(0, block)
-        x = tl.load(row_ptr + columns, mask=columns < width, other=-float("inf"))
+        x = tl.load(row_ptr + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
         x = tl.where(x == x, x, float("inf"))
         block_largest, place = tl.max(x, 0, return_indices=True)
         if block_largest > largest:
@@ -46,9 +49,14 @@ def _argmax_kernel(
     if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == parts - 1:
         every = row * parts + tl.arange(0, parts)
         winner, winning_part = tl.max(tl.load(part_largest_ptr + every, cache_modifier=".cg"), 0, return_indices=True)
-        token = tl.load(part_tokens_ptr + row * parts + winning_part, cache_modifier=".cg")
-        tl.store(largest_ptr + row, winner)
-        tl.store(tokens_ptr + row, token.to(tl.int64))
+        chosen = tl.load(part_tokens_ptr + row * parts + winning_part, cache_modifier=".cg").to(tl.int64)
+        if chooses:
+            finite = winner - winner == 0.0  # infinity and NaN give NaN
+            tl.store(last_token_ptr + tl.load(rows_ptr + row), tl.where(finite, chosen, 0))
+            chosen = tl.where(finite, chosen, -1)
+        else:
+            tl.store(largest_ptr + row, winner)
+        tl.store(tokens_ptr + row, chosen)
         tl.store(arrivals_ptr + row, 0)  # ready for the next launch
 
 
@@ -59,28 +67,45 @@ def _arrivals(device: torch.device, size: int) -> torch.Tensor:
 
 
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest logit [B] float32 and the first token that has it [B] int64, of logits [B, V] float32.
+    """Largest logit [B] float32 and the first token that has it [B] int64, of logits [B, V] of any float type.
 
     A NaN counts as infinity, so that a row with one has no finite largest logit.
     """
-    rows, width = logits.shape
-    largest = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    part_largest = torch.empty((rows, _PARTS), dtype=torch.float32, device=logits.device)
-    part_tokens = torch.empty((rows, _PARTS), dtype=torch.int32, device=logits.device)
-    if rows:
-        _argmax_kernel[(rows, _PARTS)](
+    largest = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    return largest, _launch(logits, largest, None, None)
+
+
+def choose_greedy(logits: torch.Tensor, rows: torch.Tensor, last_token: torch.Tensor) -> torch.Tensor:
+    """The first token with the largest logit [B] int64, -1 where that is not finite; logits [B, V].
+
+    It becomes `last_token` of the rows `rows` [B] int64 too, 0 in place of -1.
+    """
+    return _launch(logits, None, rows, last_token)
+
+
+def _launch(
+    logits: torch.Tensor, largest: torch.Tensor | None, rows: torch.Tensor | None, last_token: torch.Tensor | None
+) -> torch.Tensor:
+    count, width = logits.shape
+    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
+    part_largest = torch.empty((count, _PARTS), dtype=torch.float32, device=logits.device)
+    part_tokens = torch.empty((count, _PARTS), dtype=torch.int32, device=logits.device)
+    if count:
+        _argmax_kernel[(count, _PARTS)](
             logits,
             largest,
             tokens,
             part_largest,
             part_tokens,
-            _arrivals(logits.device, max(4096, triton.next_power_of_2(rows))),
+            _arrivals(logits.device, max(4096, triton.next_power_of_2(count))),
+            rows,
+            last_token,
             width,
             logits.stride(0),
+            chooses=rows is not None,
             parts=_PARTS,
             block=_BLOCK,
             num_warps=8,
             **early_launch(logits.device),
         )
-    return largest, tokens
+    return tokens

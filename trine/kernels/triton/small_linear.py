@@ -8,6 +8,10 @@ is small. So a program's whole job is to have many bytes in flight: it asks for 
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 import triton
@@ -16,6 +20,8 @@ import triton.language as tl
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 
 MAX_ROWS = 4
+STREAMED_ROWS = 32
+STREAMED_BYTES = 16 << 20  # smaller weights are latency, not bandwidth
 _TILE_BYTES = 32768  # of weights that a program has in flight
 
 
@@ -105,14 +111,34 @@ def small_linear(
     return y
 
 
+@cache
+def _stream(device: torch.device) -> ModuleType | None:
+    """The kernel for 2 to 32 rows, on a Hopper GPU with a Triton that has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("trine.kernels.triton.stream_linear")
+    except ImportError:
+        return None
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`.
 
-    One row of a 16-bit type is ours: the library reaches less of the memory's speed there. All else is the library's.
+    Few rows of a 16-bit type are ours: the library reaches less of the memory's speed there. All else is the library's.
     """
-    if x.shape[0] == 1 and x.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1:
-        return small_linear(x, weight, bias, out_dtype=out_dtype)
+    rows = x.shape[0]
+    if x.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1:
+        if rows == 1:
+            return small_linear(x, weight, bias, out_dtype=out_dtype)
+        if rows <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES:
+            stream = _stream(x.device)
+            if stream is not None and stream.can_stream(x, weight):
+                y: torch.Tensor = stream.stream_linear(x, weight, bias, out_dtype)
+                return y
+    if x.is_cuda and x.itemsize == 2 and out_dtype == torch.float32 and bias is None:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = F.linear(x, weight, bias)
     return y if out_dtype is None else y.to(out_dtype)

@@ -95,6 +95,10 @@ class Sampler:
             self._edits.clear_row(row)
         self._uses[row] = 0
 
+    def is_plain(self, rows: Sequence[int]) -> bool:
+        """Whether all of these rows take the first token with the largest logit, and want nothing else."""
+        return not self._uses[rows].any()
+
     def sample(
         self, logits: Tensor, rows: Sequence[int], steps: Sequence[int], bitmask: Tensor | None = None
     ) -> SamplerOutput:
