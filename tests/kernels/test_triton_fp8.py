@@ -71,12 +71,13 @@ def test_small_products(rows: int, inputs: int, outputs: int, tuning: Fp8Tuning 
     weight, bias = fp8.pack_fp8(randn(outputs, inputs, seed=1)), randn(outputs, seed=2)
     for own in (None, bias):
         actual = fp8_linear(x, weight, own, tuning=tuning)
-        torch.testing.assert_close(actual, fp8.linear(x, weight, own), rtol=1e-3, atol=1e-2)
+        error = (actual - fp8.linear(x, weight, own)).norm() / actual.norm()
+        assert error < (5e-3 if DEVICE == "cuda" else 1e-5), "Hopper adds float8 products up in fewer bits than float32"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 30, 100])
 def test_products_of_any_number_of_rows(rows: int) -> None:
-    """Up to four rows are not rounded, so that those are nearer to the plain product than the reference is."""
+    """One row is not rounded, so that it is nearer to the plain product than the reference is."""
     x, plain = randn(rows, 320, dtype=torch.bfloat16), randn(48, 320, seed=1)
     weight, bias = fp8.pack_fp8(plain), randn(48, seed=2, dtype=torch.bfloat16)
     if kernels.rounds(rows):

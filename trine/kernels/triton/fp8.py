@@ -2,8 +2,8 @@
 
 Rounding is bound by memory: a row is read once and written once, at half the size, with its scale. Where it is fused
 with a norm or an activation the plain result is never written at all. Products of many rows are the library's; those of
-5 to some 64 rows, where it reaches a third of the memory's speed, are `fp8_linear`'s. Up to four rows are
-`small_linear`'s, which takes activations as they are: rounding them would gain nothing there.
+2 to 64 rows, where it reaches a third of the memory's speed, are `fp8_linear`'s. One row is `small_linear`'s, which
+takes activations as they are: rounding them would gain nothing there.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
-from trine.kernels.triton.small_linear import MAX_ROWS as PLAIN_ROWS
 from trine.kernels.triton.small_linear import small_linear
 
 
 def rounds(num_rows: int) -> bool:
     """Whether products of so many rows take them rounded."""
-    return num_rows > PLAIN_ROWS
+    return num_rows > 1
 
 
 @triton.jit
@@ -157,7 +156,7 @@ def linear(
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
     outputs, inputs = weight.shape
-    if isinstance(x, torch.Tensor) and 0 < x.shape[0] <= PLAIN_ROWS:
+    if isinstance(x, torch.Tensor) and x.shape[0] == 1:
         return small_linear(x, weight.values, bias, weight.scales, out_dtype)
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
     if 0 < rows.shape[0] <= MAX_ROWS and inputs % 16 == 0:

@@ -1,9 +1,9 @@
-"""Matrix products of 5 to some 64 rows with float8 weights, at the speed that weights stream from memory.
+"""Matrix products of 2 to 64 rows with float8 weights, at the speed that weights stream from memory.
 
 Roofline: N * K bytes of weights are read once; at 64 rows the tensor cores need a tenth of that time. So what counts is
-bytes in flight and even shares: tiles are of few outputs, so that each multiprocessor gets the same number of them, and
-a tile's whole K goes through one program, several blocks ahead. The weights are the left operand, as the tensor cores
-take 16 or 64 rows on that side and as few as 8 on the other. The first blocks are asked into the card's cache before
+bytes in flight: a tile of 64 outputs goes through one program with its whole K, several blocks ahead, as many as fit
+where there are fewer tiles than multiprocessors. The weights are the left operand, as the tensor cores take 64 rows on
+that side and as few as 8 on the other. The first blocks are asked into the card's cache before
 the kernel in front has finished, since weights don't depend on it.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight
-from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.device import early_launch, num_multiprocessors, wait_for_inputs
 
 MAX_ROWS = 64
 
@@ -29,6 +29,13 @@ class Fp8Tuning:
     k_block: int = 256
     num_warps: int = 4
     num_stages: int = 4
+
+
+def _tuning(outputs: int, num_rows: int, device: torch.device) -> Fp8Tuning:
+    """Deeper rings for fewer programs than multiprocessors, as far as the memory of one goes."""
+    if outputs > 64 * num_multiprocessors(device):
+        return Fp8Tuning(num_stages=4) if num_rows <= 32 else Fp8Tuning(k_block=128, num_stages=6)
+    return Fp8Tuning(num_stages=6 if num_rows <= 32 else 5)
 
 
 @triton.jit
@@ -87,7 +94,7 @@ def fp8_linear(
     num_rows, inputs = x.shape
     outputs = weight.shape[0]
     y = torch.empty((num_rows, outputs), dtype=out_dtype or x.dtype, device=x.values.device)
-    tuning = tuning or Fp8Tuning()
+    tuning = tuning or _tuning(outputs, num_rows, y.device)
     rows_block = min(max(triton.next_power_of_2(num_rows), 16), 128)
     grid = (triton.cdiv(outputs, tuning.outputs_block), triton.cdiv(num_rows, rows_block))
     _fp8_linear_kernel[grid](
