@@ -88,11 +88,11 @@ def _decode_kernel(
     group_block: tl.constexpr, merge_group_block: tl.constexpr, ahead: tl.constexpr, dim_block: tl.constexpr,
 ):  # fmt: skip
     """Program (unit, run): the run-th part of the pieces of sequence unit // Hkv and key-value head unit % Hkv."""
-    wait_for_inputs(early)
     unit = tl.program_id(0)
     sequence = unit // num_kv_heads
     head = unit % num_kv_heads
     length = tl.load(seq_lens_ptr + sequence)
+    wait_for_inputs(early)
     begin = 0
     if has_window:
         begin = tl.maximum(length - window, 0)

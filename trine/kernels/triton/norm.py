@@ -15,10 +15,11 @@ def _rms_norm_kernel(
     add: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x), or with `add`: residual += x, then y = norm(residual). The sum is rounded before it is normed."""
-    wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < size
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(early)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if add:
         residual_row = residual_ptr + row * residual_stride + columns
@@ -26,7 +27,6 @@ def _rms_norm_kernel(
         total = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row, total, mask=inside)
         x = total.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + eps)
     tl.store(y_ptr + row * size + columns, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=inside)
 

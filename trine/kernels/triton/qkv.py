@@ -82,7 +82,6 @@ def _prepare_qkv_kernel(
     early: tl.constexpr,
 ):
     """Program (t, j): the j-th block of heads of token t, counted over the queries', the keys' and the values'."""
-    wait_for_inputs(early)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     num_q_parts = tl.cdiv(num_heads, heads_block)
@@ -92,6 +91,8 @@ def _prepare_qkv_kernel(
     cos_sin_row = cos_sin_ptr
     if rotary_dim > 0:
         cos_sin_row += tl.load(positions_ptr + token) * rotary_dim
+    slot = tl.load(slots_ptr + token)
+    wait_for_inputs(early)
     if part < num_q_parts:
         heads = part * heads_block + tl.arange(0, heads_block)
         inside = (heads < num_heads)[:, None] & (dims < head_dim)[None, :]
@@ -101,7 +102,6 @@ def _prepare_qkv_kernel(
         q_row_ptr = q_ptr + (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
         tl.store(q_row_ptr, q.to(q_ptr.dtype.element_ty), mask=inside)
     else:
-        slot = tl.load(slots_ptr + token)
         slot_offset = (slot // block_size) * cache_block_stride + (slot % block_size) * cache_token_stride
         part -= num_q_parts
         is_key = part < num_kv_parts
