@@ -32,7 +32,18 @@ _OS_REMEDIES = {
 }
 
 _EXTRAS = {
-    "server": ("uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client"),
+    "server": (
+        "uvicorn",
+        "uvloop",
+        "httptools",
+        "msgspec",
+        "prometheus_client",
+        "google",
+        "hpack",
+        "onnxruntime",
+        "fsspec",
+    ),
+    "openvino": ("openvino",),
     "guided": ("llguidance", "xgrammar"),
     "gpu": ("triton",),
 }

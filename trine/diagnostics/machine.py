@@ -22,7 +22,17 @@ _LEAST_FREE_DISK = 5 << 30
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "core": ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "jinja2", "tqdm"),
-    "server": ("uvicorn", "uvloop", "httptools", "msgspec", "prometheus-client"),
+    "server": (
+        "uvicorn",
+        "uvloop",
+        "httptools",
+        "msgspec",
+        "prometheus-client",
+        "protobuf",
+        "hpack",
+        "onnxruntime",
+        "fsspec",
+    ),
     "guided": ("llguidance",),
 }
 """What each part of Trine needs: `core` always, the others by the extra of the same name."""

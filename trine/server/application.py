@@ -228,8 +228,9 @@ class Server:
         for name, host, port, reuse in wanted:
             if port is None:
                 continue
+            flag = "--http-port or --port" if name == "http" else f"--{name}-port"
             try:
-                self._sockets[name] = listen(host, port, f"--{name}-port", reuse_port=reuse)
+                self._sockets[name] = listen(host, port, flag, reuse_port=reuse)
             except ConfigurationError as error:
                 if name not in settings.optional_ports:
                     raise
