@@ -6,12 +6,17 @@ import math
 import time
 from typing import Any
 
+import torch
+
 import trine
 from trine import LLM, SamplingParams
 
 
 class Engine:
     def __init__(self, settings: dict[str, Any]) -> None:
+        memory: dict[str, int] = {}
+        if torch.cuda.is_available() and settings["memory_share"] < 0.5:  # another engine needs as much
+            memory["cache_bytes"] = int(0.3 * torch.cuda.mem_get_info()[1])
         self._llm = LLM(
             settings["model"],
             dtype=settings["dtype"],
@@ -21,6 +26,7 @@ class Engine:
             threads=settings["threads"],
             max_model_len=settings["max_len"],
             enable_prefix_caching=False,
+            **memory,
         )
         self.version = trine.__version__
         self.device = self._llm.info.summary[0].removeprefix("device").strip()

@@ -8,6 +8,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from trine.server.configuration.types import datatype_name
+from trine.server.errors import ServerError
 from trine.server.statistics import Duration, ModelStatistics
 
 EXTENSIONS = (
@@ -27,13 +28,13 @@ EXTENSIONS = (
 )
 
 
-def model_metadata(model: Any) -> dict[str, Any]:
-    """Name, versions, platform, inputs and outputs of a served model."""
+def model_metadata(model: Any, version: str = "") -> dict[str, Any]:
+    """Name, versions (the one asked for, or all ready ones), platform, inputs and outputs of a served model."""
     config = model.config
     lead = [-1] if config.max_batch_size > 0 else []
     return {
         "name": model.name,
-        "versions": list(model.versions),
+        "versions": [version] if version else list(model.versions),
         "platform": config.platform or config.backend,
         "inputs": [_tensor(tensor, lead) for tensor in config.input],
         "outputs": [_tensor(tensor, lead) for tensor in config.output],
@@ -88,13 +89,17 @@ _REQUEST_PARTS = ("success", "fail", "queue", *_BATCH_PARTS, "cache_hit", "cache
 
 def served(repository: Any, name: str, version: str) -> list[Any]:
     """The models that a question for statistics means: all, one's versions, or one version. ServerError: not found."""
-    if version:
-        return [repository.model(name, version)]
-    found: list[Any] = repository.models()
+    everything: list[Any] = repository.models()
     if not name:
-        return found
-    repository.model(name)
-    return [model for model in found if model.name == name]
+        return everything
+    found = [model for model in everything if model.name == name]
+    if not found:
+        raise ServerError(f"requested model '{name}' is not available")
+    if version:
+        found = [model for model in found if model.version == version]
+        if not found:
+            raise ServerError(f"requested model version is not available for model '{name}'")
+    return found
 
 
 def model_statistics(models: Iterable[Any]) -> dict[str, Any]:

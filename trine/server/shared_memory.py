@@ -118,7 +118,7 @@ class SharedMemory:
         self.check_allowed()
         region = self._regions.get(wanted.name)
         if region is None:
-            raise ServerError(f"Unable to find shared memory region: '{wanted.name}'", Code.INVALID_ARGUMENT)
+            raise ServerError(f"Unable to find shared memory region: '{wanted.name}'", Code.NOT_FOUND)
         end = wanted.offset + wanted.byte_size
         if end > region.byte_size:
             raise ServerError(

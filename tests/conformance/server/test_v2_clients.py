@@ -260,7 +260,7 @@ def test_statistics(client: Client) -> None:
     assert int(stats["execution_count"]) >= 1
     assert stats["batch_stats"]
     assert int(stats["last_inference"]) > 1_600_000_000_000
-    with refused("404 NOT_FOUND", "is not found"):
+    with refused("400 INVALID_ARGUMENT", "requested model 'nobody' is not available"):
         client.described("get_inference_statistics", "nobody")
 
 
@@ -329,7 +329,7 @@ def test_system_shared_memory(client: Client) -> None:
     finally:
         client.call("unregister_system_shared_memory")
         shm.destroy_shared_memory_region(handle)
-    with refused("400 INVALID_ARGUMENT", "Unable to find shared memory region: 'conformance'"):
+    with refused("404 NOT_FOUND", "Unable to find shared memory region: 'conformance'"):
         second.set_shared_memory("conformance", size)
         client.infer("simple", [first, second])
     with refused("400 INVALID_ARGUMENT", "Unable to open shared memory region: '/trine_nothing'"):

@@ -16,6 +16,7 @@ from trine.server.classification import classify
 from trine.server.errors import ServerError
 from trine.server.plan import (
     EMPTY_FINAL,
+    RESERVED_PREFIX,
     InputPlan,
     OutputPlan,
     Plan,
@@ -157,6 +158,11 @@ def plan_of(head: bytes, has_raws: bool) -> Plan:
     plan = Plan()
     plan.model_name, plan.model_version, plan.id = message.model_name, message.model_version, message.id
     for key, value in message.parameters.items():
+        if key.startswith(RESERVED_PREFIX) and key != EMPTY_FINAL:
+            raise ServerError(
+                f"parameter keys starting with '{RESERVED_PREFIX}' are reserved for Triton usage. Only the following "
+                f"keys starting with '{RESERVED_PREFIX}' are allowed: {EMPTY_FINAL}"
+            )
         plan.set_parameter(key, parameter_value(key, value))
     for tensor in message.inputs:
         plan.add_input(_input_plan(tensor, has_raws, plan.model_name))
@@ -270,6 +276,8 @@ class Encoder:
         """A ModelInferResponse in parts, and its bytes. final: what `triton_final_response` says, None: nothing."""
         outputs = answered(plan, response.outputs)
         name, version = response.model_name or model.name, response.model_version or model.version
+        if response.is_empty:
+            version = ""  # the end of a stream, as Triton sends it
         if not plan.plain:
             outputs = [self._shaped(plan, model, output) for output in outputs]
         if plan.plain and not response.parameters and final is None:

@@ -188,7 +188,8 @@ def _server_metadata(api: GrpcApi, request: Any) -> Any:
 
 
 def _model_metadata(api: GrpcApi, request: Any) -> Any:
-    return pb.ModelMetadataResponse(**model_metadata(api.repository.model(request.name, request.version)))
+    model = api.repository.model(request.name, request.version)
+    return pb.ModelMetadataResponse(**model_metadata(model, request.version))
 
 
 def _model_config(api: GrpcApi, request: Any) -> Any:

@@ -177,7 +177,7 @@ def plan_of(document: Any, name: str, version: str) -> Plan:
     for tensor in document.inputs:
         plan.add_input(_input_plan(tensor))
     for output in document.outputs or ():
-        plan.add_output(output.name, _output_plan(output, plan.binary))
+        plan.add_output(output.name, _output_plan(output))
     return plan
 
 
@@ -200,11 +200,12 @@ def _input_plan(tensor: Any) -> InputPlan:
     return InputPlan(tensor.name, tensor.datatype, shape, size=size, region=region, tensor=values)
 
 
-def _output_plan(output: Any, binary: bool) -> OutputPlan:
+def _output_plan(output: Any) -> OutputPlan:
+    """`binary_data_output` of the request speaks of outputs that are not listed."""
     parameters = output.parameters
     if not parameters:
-        return OutputPlan(binary=binary)
-    wanted = parameters.get("binary_data", binary)
+        return OutputPlan()
+    wanted = parameters.get("binary_data", False)
     if not isinstance(wanted, bool):
         raise ServerError(f"'binary_data' of output '{output.name}' must be a boolean, got {wanted!r}")
     region = region_of(parameters, f"output '{output.name}'")

@@ -66,7 +66,7 @@ def server_metadata(api: HttpApi, exchange: Exchange, name: str, version: str) -
 
 
 def model_metadata(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
-    exchange.respond_json(describe_model(api.repository.model(name, version)))
+    exchange.respond_json(describe_model(api.repository.model(name, version), version))
 
 
 def model_config(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:

@@ -131,7 +131,8 @@ def decode_values(name: str, datatype: str, shape: tuple[int, ...], data: Any) -
         array[:] = [value.encode("utf-8", "surrogatepass") for value in values]
     else:
         try:
-            array = np.array(values, dtype=dtype)
+            with np.errstate(over="ignore"):  # 1e39 as FP32 is infinite, as Triton has it
+                array = np.array(values, dtype=dtype)
         except OverflowError as error:
             raise ServerError(f"Unable to parse 'data': a value of input '{name}' is no {datatype}: {error}") from None
     return Tensor(name, datatype, shape, array.reshape(shape))
@@ -168,8 +169,7 @@ def encode_values(output: Tensor) -> str:
     """The values as a flat JSON array; not-a-number and infinities as Triton's clients read them."""
     if output.datatype in _NO_JSON:
         raise ServerError(
-            f"sending {output.datatype} data via JSON is not supported. Please use the binary data format for output "
-            f"{output.name}"
+            f"sending {output.datatype} data via JSON is not supported. Please use the binary data format for output"
         )
     array = output.array.reshape(-1)
     return encode_list(array_values(output), floating=array.dtype.kind == "f" and not bool(np.isfinite(array).all()))
