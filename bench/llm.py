@@ -48,6 +48,8 @@ LOAD = (64, 384, 12, 8192, 0.4)
 """Decoding streams, tokens of each, prompts that arrive meanwhile, their tokens, seconds between them."""
 
 PEERS = ("transformers", "llama_cpp", "openvino", "vllm")
+LONG = 5.0
+"""Seconds of a run from which on it is not repeated for the check."""
 PAUSE = 0.3
 """Seconds between two engines' turns: waiting OpenMP threads spin for a fifth of a second."""
 
@@ -59,19 +61,22 @@ class Runs:
     first: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     tokens: list[list[list[int]]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
     def figures(self, shape: tuple[int, int, int]) -> dict[str, float]:
         """Tokens a second of all requests together, from the medians."""
         requests, prompt_len, output_len = shape
-        first, whole = statistics.median(self.first), statistics.median(self.whole)
+        whole = statistics.median(self.whole)
         figures = {
-            "prefill_tok_s": requests * prompt_len / first,
             "output_tok_s": requests * output_len / whole,
             "total_tok_s": requests * (prompt_len + output_len) / whole,
         }
-        if output_len > 1:
-            # On a noisy machine the whole can come out quicker than its part; such a rate means nothing.
-            figures["decode_tok_s"] = requests * (output_len - 1) / max(whole - first, 1e-9)
+        if self.first or output_len == 1:
+            first = statistics.median(self.first or self.whole)
+            figures["prefill_tok_s"] = requests * prompt_len / first
+            if output_len > 1:
+                # On a noisy machine the whole can come out quicker than its part; such a rate means nothing.
+                figures["decode_tok_s"] = requests * (output_len - 1) / max(whole - first, 1e-9)
         return figures
 
 
@@ -81,14 +86,23 @@ def main() -> int:
     model = checkpoints.find(args.model, args.peers_dir, write_weights=needs_files)
     limits = roofline.measure_limits(args.threads)
     print(f"# limits measured here: {roofline.describe(limits)}", flush=True)
-    engines = dict(start_engines(args, model))
-    try:
-        rows = [row for name in args.workload for row in run_workload(name, args, model, limits, engines)]
-        if args.load:
-            rows += run_load(args, model, engines)
-    finally:
-        for engine in engines.values():
-            engine.close()
+    names = ("trine", *args.peer)
+    infos: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Runs]] = {name: {} for name in args.workload}
+    rows: list[dict[str, Any]] = []
+    for group in [(name,) for name in names] if args.apart else [names]:
+        engines = dict(start_engines(args, model, group))
+        infos |= {name: engine.info for name, engine in engines.items()}
+        try:
+            for workload in args.workload:
+                runs[workload] |= measure(workload, args, model, engines)
+                if group[-1] == names[-1]:
+                    rows += report(workload, args, model, limits, infos, runs[workload])
+            if args.load:
+                rows += run_load(args, model, engines)
+        finally:
+            for engine in engines.values():
+                engine.close()
     if args.json:
         with open(args.json, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -103,6 +117,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workload", action="append", choices=tuple(WORKLOADS), help="may be repeated (default: cpu-1)"
     )
+    parser.add_argument("--whole", action="store_true", help="don't time runs to the first token")
+    parser.add_argument("--apart", action="store_true", help="one engine after the other, where memory is short")
     parser.add_argument("--load", action="store_true", help="latency of decoding streams while long prompts arrive too")
     parser.add_argument("--peer", action="append", default=[], choices=PEERS, help="may be repeated")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="a peer's interpreter")
@@ -126,13 +142,15 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def start_engines(args: argparse.Namespace, model: checkpoints.Model) -> Iterator[tuple[str, EngineProcess]]:
+def start_engines(
+    args: argparse.Namespace, model: checkpoints.Model, names: tuple[str, ...]
+) -> Iterator[tuple[str, EngineProcess]]:
     """Trine, which must start, and the peers that do; why another did not is printed."""
     shapes = [WORKLOADS[name] for name in args.workload]
     if args.load:
         shapes += [(LOAD[0], 128, LOAD[1]), (1, LOAD[3], 1)]
     given = dict(pair.split("=", 1) for pair in args.python)
-    for name in ("trine", *args.peer):
+    for name in names:
         settings: dict[str, Any] = {
             "dtype": args.dtype,
             "quantization": args.quantization,
@@ -142,7 +160,7 @@ def start_engines(args: argparse.Namespace, model: checkpoints.Model) -> Iterato
             "max_len": max(prompt + output for _, prompt, output in shapes) + 16,
             "max_requests": max(requests for requests, _, _ in shapes),
             # Half of a GPU each, where two engines share it.
-            "memory_share": 0.9 / (1 + ("vllm" in args.peer)),
+            "memory_share": 0.9 / (2 if {"trine", "vllm"} <= set(names) else 1),
         }
         try:
             settings |= checkpoints.files_for(name, model, args.quantization, args.peers_dir)
@@ -169,31 +187,42 @@ def make_prompts(model: checkpoints.Model, shape: tuple[int, int, int], seed: in
     ]
 
 
-def run_workload(
-    name: str,
-    args: argparse.Namespace,
-    model: checkpoints.Model,
-    limits: roofline.Limits,
-    engines: dict[str, EngineProcess],
-) -> list[dict[str, Any]]:
-    """Warm each engine up, take turns, check, and print; a JSON-able row for each engine."""
+def measure(
+    name: str, args: argparse.Namespace, model: checkpoints.Model, engines: dict[str, EngineProcess]
+) -> dict[str, Runs]:
+    """Warm each engine up, take turns, check Trine's answers."""
     shape = WORKLOADS[name]
     output_len = shape[2]
     runs = {engine: Runs() for engine in engines}
     for engine in engines.values():
-        engine.generate(make_prompts(model, shape, seed=-1), min(2, output_len))
+        warm_up = [prompt[:17] for prompt in make_prompts(model, shape, seed=-1)]
+        for _ in range(2):
+            engine.generate(warm_up, min(16, output_len))
     for turn in range(args.repeat):
         for key, engine in engines.items():
             time.sleep(PAUSE)
-            if output_len > 1:
+            if output_len > 1 and not args.whole:
                 seconds, _ = engine.generate(make_prompts(model, shape, seed=2 * turn), 1)
                 runs[key].first.append(seconds)
             seconds, tokens = engine.generate(make_prompts(model, shape, seed=2 * turn + 1), output_len)
             runs[key].whole.append(seconds)
             runs[key].tokens.append(tokens)
-    for own in runs.values():
-        own.first = own.first or own.whole
-    faults = check_answers(engines, runs, model, shape)
+    if "trine" in engines:
+        runs["trine"].faults = check_answers(engines, runs, model, shape)
+    return runs
+
+
+def report(
+    name: str,
+    args: argparse.Namespace,
+    model: checkpoints.Model,
+    limits: roofline.Limits,
+    infos: dict[str, dict[str, Any]],
+    runs: dict[str, Runs],
+) -> list[dict[str, Any]]:
+    """Print a workload's figures; a JSON-able row for each engine."""
+    shape = WORKLOADS[name]
+    faults = runs["trine"].faults
     bound = roofline.bound(model.config, limits, shape, args.dtype, args.quantization)
     rows = []
     trine = runs["trine"].figures(shape)
@@ -206,8 +235,8 @@ def run_workload(
                 "quantization": args.quantization,
                 "workload": name,
                 "engine": key,
-                "version": engines[key].info["version"],
-                "ready_s": engines[key].info["ready_s"],
+                "version": infos[key]["version"],
+                "ready_s": infos[key]["ready_s"],
                 **{metric: round(value, 2) for metric, value in figures.items()},
                 "limit_share": {
                     metric: round(figures[metric] / most, 3) for metric, most in bound.items() if metric in figures
@@ -267,10 +296,11 @@ def check_answers(
         if wrong:
             faults.append(f"{wrong} of {len(tokens)} answers are not {output_len} tokens of the vocabulary")
     prompts = make_prompts(model, shape, seed=1)
-    _, again = trine.generate(prompts, output_len)
-    differ = sum(one != other for one, other in zip(again, own.tokens[0], strict=True))
-    if differ:
-        faults.append(f"{differ} of {len(again)} answers differ when the same prompts come again")
+    if statistics.median(own.whole) < LONG:
+        _, again = trine.generate(prompts, output_len)
+        differ = sum(one != other for one, other in zip(again, own.tokens[0], strict=True))
+        if differ:
+            faults.append(f"{differ} of {len(again)} answers differ when the same prompts come again")
     if not trine.ask("finite", prompt=prompts[0], tokens=own.tokens[0][0])["finite"]:
         faults.append("log-probabilities are not finite")
     if "transformers" in runs and model.has_weights:
