@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from trine.kernels import reference
 from trine.kernels import triton as kernels
+from trine.kernels.fp8 import Fp8Weight, pack_fp8
 from trine.kernels.triton import moe
 from trine.kernels.triton.moe_grouped import Tuning
 from trine.kernels.triton.moe_route import group, route
@@ -82,6 +83,17 @@ def mixture(
 def test_experts(rows: int, hidden: int, inner: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
     case = mixture(rows, hidden, inner, num_experts, top_k, dtype)
     assert_near(kernels.experts(*case), reference.experts(*case))
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_float8_experts(rows: int) -> None:
+    x, gate_up, down, weights, chosen = mixture(rows, 96, 64, 6, 3, torch.float16)
+    eighths = []
+    for weight in (gate_up, down):
+        flat = pack_fp8(weight.flatten(0, 1))
+        eighths.append(Fp8Weight(flat.values.view(weight.shape), flat.scales.view(weight.shape[:2])))
+    plain = [(weight.values.float() * weight.scales[:, :, None]).half() for weight in eighths]
+    assert_near(kernels.experts(x, *eighths, weights, chosen), reference.experts(x, *plain, weights, chosen))
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.llm.models.checkpoints import Case, build
+from tests.llm.models.checkpoints import MOE, Case, build
 from tests.llm.models.harness import PagedModel
 from trine.core.errors import ConfigurationError, ModelLoadError
 from trine.llm.config import ModelConfig, resolve_dtype
@@ -33,6 +34,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama": Case("", "Llama", {"num_hidden_layers": 2}),
         "tied": Case("", "Qwen2", {"tie_word_embeddings": True}),
         "gpt2": Case("", "GPT2"),
+        "qwen3_moe": Case("", "Qwen3Moe", {**MOE, "mlp_only_layers": [0]}),
+        "mixtral": Case("", "Mixtral", {"num_local_experts": 4}),
     }.items():
         made[name] = tmp_path_factory.mktemp(name)
         build(case, made[name])
@@ -127,6 +130,50 @@ def test_gpt2_as_openai_published_it(checkpoints: dict[str, Path], tmp_path: Pat
         gpt2, lambda t: t | {"h.0.attn.bias": torch.ones(1, 1, 256, 256), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     )
     assert torch.equal(logits(gpt2), before)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape", "message"),
+    [
+        ("qwen3_moe", "model.layers.1.mlp.experts.5.up_proj.weight", None, "missing"),
+        ("qwen3_moe", "model.layers.1.mlp.gate.weight", None, "missing"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.2.w2.weight", None, "missing"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.4.w1.weight", (96, 64), "no place for"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.0.up_proj.bias", (48,), "no place for"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.0.up_proj.weight", (48, 64), "no place for"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.7.down_proj.weight", (64, 47), ""),
+    ],
+)
+def test_experts_are_named(
+    checkpoints: dict[str, Path], tmp_path: Path, family: str, name: str, shape: tuple[int, ...] | None, message: str
+) -> None:
+    directory = copied(checkpoints[family], tmp_path)
+    added = {} if shape is None else {name: torch.zeros(shape)}
+    rewrite(directory, lambda t: {own: tensor for own, tensor in t.items() if own != name} | added)
+    with pytest.raises(ModelLoadError, match=f"{message}.*{re.escape(name.removeprefix('model.'))}"):
+        load(directory)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_in_several_files(checkpoints: dict[str, Path], tmp_path: Path, family: str) -> None:
+    directory = copied(checkpoints[family], tmp_path)
+    before = logits(directory)
+    shard(directory)  # an expert's tensors lie in different files
+    assert torch.equal(logits(directory), before)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_in_int8(checkpoints: dict[str, Path], family: str) -> None:
+    exact, rounded = logits(checkpoints[family]), logits(checkpoints[family], quantization="int8")
+    errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 0 < float(errors.median()) < 0.05  # where rounding changes the choice of experts, logits differ more
+
+
+def test_impossible_numbers_of_experts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directory = copied(checkpoints["mixtral"], tmp_path)
+    reconfigure(directory, num_experts_per_tok=5)
+    with pytest.raises(ModelLoadError, match="num_experts_per_tok=5, but there are 4 experts"):
+        load(directory)
 
 
 def shard(directory: Path) -> dict[str, Any]:

@@ -221,19 +221,30 @@ def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> t
 
 def experts(
     x: torch.Tensor,
-    gate_up: torch.Tensor | Sequence[Weight],
-    down: torch.Tensor | Sequence[Weight],
+    gate_up: Weight | Sequence[Weight],
+    down: Weight | Sequence[Weight],
     weights: torch.Tensor,
     chosen: torch.Tensor,
 ) -> torch.Tensor:
     """The chosen experts' gated MLPs of each token of x [T, H], summed with their weights: [T, H].
 
-    Stacked tensors gate_up [E, 2I, H] and down [E, H, I] go to the back end; lists of weights are computed expert by
-    expert with `linear`.
+    On a GPU weights are stacked: gate_up [E, 2I, H] and down [E, H, I]. Elsewhere `linear` computes expert by expert.
     """
-    if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
-        return _of(x).experts(x, gate_up, down, weights, chosen)
-    return reference.experts(x, gate_up, down, weights, chosen, linear_silu_mul, linear)
+    if isinstance(gate_up, Sequence) or isinstance(down, Sequence) or not x.is_cuda or _reference_only:
+        return reference.experts(
+            x, _expert_by_expert(gate_up), _expert_by_expert(down), weights, chosen, linear_silu_mul, linear
+        )
+    y: torch.Tensor = import_module("trine.kernels.triton").experts(x, gate_up, down, weights, chosen)
+    return y
+
+
+def _expert_by_expert(weight: Weight | Sequence[Weight]) -> Sequence[Weight]:
+    if isinstance(weight, Sequence):
+        return weight
+    if isinstance(weight, Fp8Weight):
+        return [Fp8Weight(values, scales) for values, scales in zip(weight.values, weight.scales, strict=True)]
+    assert isinstance(weight, torch.Tensor), f"stacked experts can't be a {type(weight).__name__}"
+    return list(weight)
 
 
 def prepare_qkv(

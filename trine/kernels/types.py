@@ -84,15 +84,6 @@ class Backend(Protocol):
         self, x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def experts(
-        self,
-        x: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        weights: torch.Tensor,
-        chosen: torch.Tensor,
-    ) -> torch.Tensor: ...
-
     def prepare_qkv(
         self,
         qkv: torch.Tensor,

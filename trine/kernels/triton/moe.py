@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from trine.kernels.fp8 import Fp8Weight
 from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
 from trine.kernels.triton.moe_grouped import Tuning, matrix_product, stream_product
 from trine.kernels.triton.moe_route import Groups, group
 from trine.kernels.triton.moe_single import single_row
+from trine.kernels.types import Weight
 
 _BLOCK = 1024
 
@@ -34,19 +36,22 @@ PLANS = (
 """For 16-bit types, by the largest mean number of rows an expert; measured on an H200 (bench/moe.py)."""
 
 MANY = Plan(128, Tuning(128, 64, 8, 4), Tuning(256, 64, 8, 3), resident=True)
-MANY_UNALIGNED = Plan(64, Tuning(64, 64, 4, 3), Tuning(128, 64, 4, 3))
+MANY_STREAMED = Plan(128, Tuning(128, 64, 8, 4), Tuning(128, 64, 8, 4))
+"""For float8 weights, which a product widens as it reads them, and for rows that the copy engine can't read."""
+
 _FLOAT32 = Plan(16, Tuning(64, 32, 4, 2), Tuning(64, 32, 4, 2))
 
 
-def plan_for(num_choices: int, gate_up: torch.Tensor) -> Plan:
-    """The plan for a number of (token, expert) pairs and weights [E, 2I, H]."""
+def plan_for(num_choices: int, gate_up: torch.Tensor, dtype: torch.dtype) -> Plan:
+    """The plan for a number of (token, expert) pairs, weights [E, 2I, H] and activations of `dtype`."""
     num_experts, twice_inner, hidden = gate_up.shape
-    if gate_up.itemsize > 2:
+    if dtype.itemsize > 2:
         return _FLOAT32
     for largest, plan in PLANS:
         if num_choices <= largest * num_experts:
             return plan
-    return MANY if hidden % 8 == 0 and twice_inner % 16 == 0 else MANY_UNALIGNED
+    copied = gate_up.dtype == dtype and hidden % 8 == 0 and twice_inner % 16 == 0
+    return MANY if copied else MANY_STREAMED
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -104,30 +109,42 @@ def combine(x: torch.Tensor, groups: Groups, weights: torch.Tensor) -> torch.Ten
     return y
 
 
+def _stacked(weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Values [E, N, K] and, of float8, scales [E, N]."""
+    if isinstance(weight, Fp8Weight):
+        return weight.values, weight.scales
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"experts can't read a {type(weight).__name__}")
+    return weight, None
+
+
 def experts(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     weights: torch.Tensor,
     chosen: torch.Tensor,
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """The experts `chosen` [T, K] int32 of each row of x [T, H], summed with `weights` [T, K] float32: [T, H].
 
-    gate_up [E, 2I, H] holds gates over ups, down is [E, H, I]. A row's result does not depend on the rows beside it,
-    except through the plan, which goes by their number.
+    gate_up [E, 2I, H] holds gates over ups, down is [E, H, I]; tensors, or float8 with scales [E, 2I] and [E, H], while
+    activations keep their precision. A row's result does not depend on the rows beside it, except through the plan,
+    which goes by their number.
     """
+    gate_up, gate_up_scales = _stacked(gate_up)
+    down, down_scales = _stacked(down)
     num_rows, top_k = chosen.shape
     if num_rows == 0:
         return torch.empty_like(x)
     if num_rows == 1 and plan is None:
-        return single_row(x, gate_up, down, weights, chosen)
-    plan = plan or plan_for(chosen.numel(), gate_up)
+        return single_row(x, gate_up, down, weights, chosen, gate_up_scales, down_scales)
+    plan = plan or plan_for(chosen.numel(), gate_up, x.dtype)
     groups = group(chosen, gate_up.shape[0], plan.row_block)
     if plan.resident:
         h = matrix_product(gather_rows(x, groups, top_k), gate_up, groups, plan.gate_up, silu=True)
         y = matrix_product(h, down, groups, plan.down, silu=False)
     else:
-        h = stream_product(x, gate_up, groups, plan.gate_up, silu=True, choices=top_k)
-        y = stream_product(h, down, groups, plan.down, silu=False, choices=0)
+        h = stream_product(x, gate_up, groups, plan.gate_up, silu=True, choices=top_k, scales=gate_up_scales)
+        y = stream_product(h, down, groups, plan.down, silu=False, choices=0, scales=down_scales)
     return combine(y, groups, weights)

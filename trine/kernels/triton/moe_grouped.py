@@ -29,15 +29,15 @@ class Tuning:
     k_block: int
     num_warps: int
     num_stages: int
-    flatten: bool = True
 
 
 @triton.jit
 def _stream_kernel(
-    x_ptr, weight_ptr, y_ptr, order_ptr, ends_ptr, tile_experts_ptr, tile_starts_ptr, num_tiles_ptr,
+    x_ptr, weight_ptr, scales_ptr, y_ptr, order_ptr, ends_ptr, tile_experts_ptr, tile_starts_ptr, num_tiles_ptr,
     inputs, outputs, x_stride, choices,
-    silu: tl.constexpr, gather: tl.constexpr, row_block: tl.constexpr, column_block: tl.constexpr,
-    k_block: tl.constexpr, even: tl.constexpr, num_stages: tl.constexpr, early: tl.constexpr,
+    has_scales: tl.constexpr, silu: tl.constexpr, gather: tl.constexpr, row_block: tl.constexpr,
+    column_block: tl.constexpr, k_block: tl.constexpr, even: tl.constexpr, num_stages: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): columns block i of tile j. Rows of x are sorted choices, or `gather`: tokens."""
     wait_for_inputs(early)
@@ -53,7 +53,8 @@ def _stream_kernel(
     served = columns < outputs
     ks = tl.arange(0, k_block)
     x_tile_ptr = x_ptr + rows.to(tl.int64)[None, :] * x_stride + ks[:, None]
-    weight_tile_ptr = weight_ptr + (expert * outputs * (2 if silu else 1) + columns)[:, None] * inputs + ks[None, :]
+    weight_rows = expert * outputs * (2 if silu else 1) + columns
+    weight_tile_ptr = weight_ptr + weight_rows[:, None] * inputs + ks[None, :]
     y = tl.zeros([column_block, row_block], tl.float32)
     up = tl.zeros([column_block, row_block], tl.float32)
     for start in tl.range(0, inputs, k_block, num_stages=num_stages):
@@ -64,7 +65,7 @@ def _stream_kernel(
             inside = start + ks < inputs
             x = tl.load(x_tile_ptr + start, mask=present[None, :] & inside[:, None], other=0.0)
             weight = tl.load(weight_tile_ptr + start, mask=served[:, None] & inside[None, :], other=0.0)
-        y = tl.dot(weight, x, y, input_precision="ieee")
+        y = tl.dot(weight.to(x.dtype), x, y, input_precision="ieee")
         if silu:
             if even:
                 weight = tl.load(weight_tile_ptr + outputs * inputs + start)
@@ -72,7 +73,11 @@ def _stream_kernel(
                 weight = tl.load(
                     weight_tile_ptr + outputs * inputs + start, mask=served[:, None] & inside[None, :], other=0.0
                 )
-            up = tl.dot(weight, x, up, input_precision="ieee")
+            up = tl.dot(weight.to(x.dtype), x, up, input_precision="ieee")
+    if has_scales:
+        y *= tl.load(scales_ptr + weight_rows, mask=served, other=0.0)[:, None]
+        if silu:
+            up *= tl.load(scales_ptr + outputs + weight_rows, mask=served, other=0.0)[:, None]
     if silu:
         y = y * tl.sigmoid(y) * up
     y_tile_ptr = y_ptr + places.to(tl.int64)[None, :] * outputs + columns[:, None]
@@ -83,7 +88,7 @@ def _stream_kernel(
 def _matrix_kernel(
     x_desc, weight_desc, y_ptr, ends_ptr, tile_experts_ptr, tile_starts_ptr, num_tiles_ptr, inputs, outputs,
     silu: tl.constexpr, row_block: tl.constexpr, column_block: tl.constexpr, k_block: tl.constexpr,
-    num_stages: tl.constexpr, early: tl.constexpr, flatten: tl.constexpr,
+    num_stages: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Programs take (tile, columns block) pairs in turn, so that those of an expert run side by side.
 
@@ -93,9 +98,7 @@ def _matrix_kernel(
     wait_for_inputs(early)
     parts: tl.constexpr = 2 if silu else 1
     column_blocks = tl.cdiv(outputs, column_block)
-    for index in tl.range(
-        tl.program_id(0), tl.load(num_tiles_ptr) * column_blocks, tl.num_programs(0), flatten=flatten
-    ):
+    for index in tl.range(tl.program_id(0), tl.load(num_tiles_ptr) * column_blocks, tl.num_programs(0), flatten=True):
         tile = index // column_blocks
         column = index % column_blocks * column_block
         expert = tl.load(tile_experts_ptr + tile)
@@ -115,17 +118,25 @@ def _matrix_kernel(
 
 
 def stream_product(
-    x: torch.Tensor, weight: torch.Tensor, groups: Groups, tuning: Tuning, *, silu: bool, choices: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    groups: Groups,
+    tuning: Tuning,
+    *,
+    silu: bool,
+    choices: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rows of x times the transposes of their experts' weights [E, N, K], in sorted order: [P, N], or silu: [P, N / 2].
 
-    `choices` a token: x has the tokens [T, K], which are gathered; 0: x [P, K] is sorted itself.
+    `choices` a token: x has the tokens [T, K], which are gathered; 0: x [P, K] is sorted itself. weight is of x's
+    dtype, or float8 with `scales` [E, N] float32.
     """
     inputs, outputs = weight.shape[2], weight.shape[1] // (2 if silu else 1)
     y = torch.empty((groups.order.shape[0], outputs), dtype=x.dtype, device=x.device)
     _stream_kernel[(cdiv(outputs, tuning.column_block), groups.tile_experts.shape[0])](
-        x, weight, y, groups.order, groups.ends, groups.tile_experts, groups.tile_starts, groups.num_tiles,
-        inputs, outputs, x.stride(0), choices,
+        x, weight, scales, y, groups.order, groups.ends, groups.tile_experts, groups.tile_starts, groups.num_tiles,
+        inputs, outputs, x.stride(0), choices, has_scales=scales is not None,
         silu=silu, gather=choices > 0, row_block=groups.row_block, column_block=tuning.column_block,
         k_block=tuning.k_block, even=inputs % tuning.k_block == 0 and outputs % tuning.column_block == 0,
         num_stages=tuning.num_stages, num_warps=tuning.num_warps, **early_launch(x.device),
@@ -148,6 +159,6 @@ def matrix_product(
         x_desc, weight_desc, y, groups.ends, groups.tile_experts, groups.tile_starts, groups.num_tiles,
         inputs, outputs,
         silu=silu, row_block=groups.row_block, column_block=tuning.column_block, k_block=tuning.k_block,
-        num_stages=tuning.num_stages, num_warps=tuning.num_warps, flatten=tuning.flatten, **early_launch(x.device),
+        num_stages=tuning.num_stages, num_warps=tuning.num_warps, **early_launch(x.device),
     )  # fmt: skip
     return y

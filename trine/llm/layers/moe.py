@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trine.kernels import ops
+from trine.kernels.fp8 import Fp8Weight
 from trine.kernels.types import Weight
 from trine.llm.config import ExpertsConfig
 from trine.llm.layers.module import Layer, WeightedModule, WeightKey, empty_parameter
@@ -16,11 +17,12 @@ class Experts(WeightedModule):
     """The experts of one layer: down(silu(gate(x)) * up(x)) each, without biases.
 
     Checkpoints hold each expert's projections apart. Here they are stacked, gate over up: gate_up [E, 2I, H] and down
-    [E, H, I], or a list of packed weights where the back end computes expert by expert.
+    [E, H, I], as tensors or in float8 with a scale a row; or a list of packed weights where the back end computes
+    expert by expert.
     """
 
-    gate_up: torch.Tensor | list[Weight]
-    down: torch.Tensor | list[Weight]
+    gate_up: Weight | list[Weight]
+    down: Weight | list[Weight]
 
     def __init__(self, hidden_size: int, config: ExpertsConfig, *, dtype: torch.dtype, method: LinearMethod) -> None:
         super().__init__()
@@ -55,13 +57,22 @@ class Experts(WeightedModule):
     def process_weights(self) -> None:
         for name in ("gate_up", "down"):
             stacked = getattr(self, name)
-            if isinstance(stacked, nn.Parameter) and not stacked.is_cuda:
-                delattr(self, name)
-                setattr(self, name, [self.method.process(weight) for weight in stacked])
+            delattr(self, name)
+            setattr(self, name, self._process(stacked))
+
+    def _process(self, stacked: nn.Parameter) -> Weight | list[Weight]:
+        """The form of weights [E, N, K] that `forward` reads."""
+        if not stacked.is_cuda:
+            return [self.method.process(weight) for weight in stacked]
+        count, rows, inputs = stacked.shape
+        packed = self.method.process(stacked.view(count * rows, inputs))
+        if isinstance(packed, Fp8Weight):
+            return Fp8Weight(packed.values.view(stacked.shape), packed.scales.view(count, rows))
+        return stacked
 
     def weight_bytes(self) -> int:
         return sum(
-            weights.nbytes if isinstance(weights, torch.Tensor) else sum(weight.nbytes for weight in weights)
+            sum(weight.nbytes for weight in weights) if isinstance(weights, list) else weights.nbytes
             for weights in (self.gate_up, self.down)
         )
 
