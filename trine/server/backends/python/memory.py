@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ HEADER = 64
 CANCEL_FLAGS = 1 << 20
 """Bytes at the start of the server's region: one for each request in flight, 1 once it is cancelled."""
 
-_KEEP_BYTES = 64 << 20
+_TRIM_EVERY = 32
+_KEEP_FREE = 2
 _PAGE = 4096
 _LARGE = 1 << 20
 
@@ -51,27 +53,25 @@ class Writer:
     def __init__(self, descriptor: int, reserved: int = 0) -> None:
         self.map = _map(descriptor)
         self._end = -(-reserved // _PAGE) * _PAGE + _PAGE  # offset 0 is no block
-        self._free: dict[int, list[int]] = {}
-        self._busy: list[tuple[int, int]] = []
-        self._since_scan = 0
-        self._free_bytes = 0
-        self.keep_bytes = _KEEP_BYTES
+        self._blocks: dict[int, deque[int]] = {}  # by size, the one handed out longest ago first
+        self._misses = 0
+        self._large = 0
 
     def allocate(self, size: int) -> int:
         """Offset of a block whose content, `size` bytes, begins HEADER bytes further on."""
         room = _rounded(size + HEADER)
-        free = self._free.get(room)
-        self._since_scan += 1
-        if not free and self._since_scan > len(self._busy) >> 2:
-            self._reclaim()
-            free = self._free.get(room)
-        if free:
-            offset = free.pop()
-            self._free_bytes -= room
-        else:
-            offset = self._extend(room)
+        blocks = self._blocks.get(room)
+        if blocks is None:
+            blocks = self._blocks[room] = deque()
+        elif self.map[blocks[0]] and not self._find_free(blocks):
+            blocks.appendleft(self._extend(room))
+        if not blocks:
+            blocks.append(self._extend(room))
+        offset = blocks[0]
+        blocks.rotate(-1)
         self.map[offset] = 1
-        self._busy.append((offset, room))
+        if room >= _LARGE:
+            self._count_large()
         return offset
 
     def discard(self, offset: int) -> None:
@@ -81,10 +81,22 @@ class Writer:
     @property
     def busy_bytes(self) -> int:
         """Bytes of blocks that the reader still uses."""
-        self._reclaim()
-        return sum(room for _, room in self._busy)
+        return sum(room for room, blocks in self._blocks.items() for offset in blocks if self.map[offset])
+
+    def _find_free(self, blocks: deque[int]) -> bool:
+        """Bring a free block to the front. Looked for seldom enough that many busy ones cost little each time."""
+        self._misses += 1
+        if self._misses * 4 < len(blocks):
+            return False
+        self._misses = 0
+        for _ in range(len(blocks)):
+            if not self.map[blocks[0]]:
+                return True
+            blocks.rotate(-1)
+        return False
 
     def _extend(self, room: int) -> int:
+        """A block at the end of what was in use so far."""
         if room >= _LARGE:
             self._end = -(-self._end // _PAGE) * _PAGE
         offset = self._end
@@ -93,21 +105,17 @@ class Writer:
         self._end = offset + room
         return offset
 
-    def _reclaim(self) -> None:
-        self._since_scan = 0
-        busy = []
-        for block in self._busy:
-            offset, room = block
-            if self.map[offset]:
-                busy.append(block)
+    def _count_large(self) -> None:
+        """Now and then give back the pages, not the addresses, of all but a few large blocks that are free."""
+        self._large += 1
+        if self._large % _TRIM_EVERY:
+            return
+        for room, blocks in self._blocks.items():
+            if room < _LARGE:
                 continue
-            self._free.setdefault(room, []).append(offset)
-            self._free_bytes += room
-            if room >= _LARGE and self._free_bytes > self.keep_bytes:
-                self.map.madvise(
-                    mmap.MADV_REMOVE, offset, room // _PAGE * _PAGE
-                )  # the pages go back, not the addresses
-        self._busy = busy
+            free = [offset for offset in blocks if not self.map[offset]]
+            for offset in free[:-_KEEP_FREE]:
+                self.map.madvise(mmap.MADV_REMOVE, offset, room // _PAGE * _PAGE)
 
 
 class Lease(np.ndarray[Any, Any]):

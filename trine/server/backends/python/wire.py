@@ -122,7 +122,7 @@ def write_tensors(
     for (_, _, _, position, length), (_, _, _, content) in zip(entries, tensors, strict=True):
         if not length:
             continue
-        if isinstance(content, np.ndarray):
+        if isinstance(content, np.ndarray) and not content.flags.c_contiguous:
             np.ndarray(content.shape, content.dtype, region, start + position)[...] = content
         else:
             region[start + position : start + position + length] = content

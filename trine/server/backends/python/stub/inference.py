@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -94,7 +94,7 @@ class InferenceResponse:
         """The parameters as JSON."""
         return json.dumps(self._parameters)
 
-    def _contents(self, requested: frozenset[str] | None) -> list[Any]:
+    def _contents(self, requested: Collection[str] | None) -> list[Any]:
         if self._error is not None:
             return []
         return [tensor._content() for tensor in self._tensors if requested is None or tensor._name in requested]
@@ -183,10 +183,12 @@ class InferenceRequest:
     """A request to this model, or one that this model makes of another."""
 
     __slots__ = (
+        "_context",
         "_correlation_id",
         "_flags",
         "_id",
         "_inputs",
+        "_model",
         "_model_name",
         "_model_version",
         "_parameters",
@@ -194,8 +196,8 @@ class InferenceRequest:
         "_release_flags",
         "_requested",
         "_sender",
+        "_slot",
         "_timeout",
-        "_trace",
     )
 
     def __init__(
@@ -221,30 +223,38 @@ class InferenceRequest:
         for tensor in self._inputs:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"inputs: expected pb_utils.Tensor, got {type(tensor).__name__}")
-        self._requested = [_text(name) for name in requested_output_names]
+        self._requested: list[str] | None = [_text(name) for name in requested_output_names]
         self._model_name = _text(model_name)
         self._model_version = int(model_version)
         self._flags = int(flags)
         self._timeout = int(timeout)
         self._preferred_memory = preferred_memory
-        self._trace = trace if trace is not None else InferenceTrace()
+        self._context = None if trace is None else trace.get_context()
         self._parameters = checked_parameters(parameters)
         self._release_flags = RELEASE_ALL
         self._sender: InferenceResponseSender | None = None
+        self._slot = -1
+        self._model: ModelIdentity | None = None
 
     @classmethod
     def _of_message(cls, message: tuple[Any, ...], content: Lease | None, model: ModelIdentity) -> InferenceRequest:
+        """A request to this model. What models seldom ask for is made when they do."""
         request = cls.__new__(cls)
-        slot, request._id, request._correlation_id, request._flags, request._timeout = message[:5]
-        request._parameters, requested, context, inputs = message[5:]
+        (
+            request._slot,
+            request._id,
+            request._correlation_id,
+            request._flags,
+            request._timeout,
+            request._parameters,
+            request._requested,
+            request._context,
+            inputs,
+        ) = message
         request._inputs = [Tensor._of_entry(entry, content) for entry in inputs]
-        request._requested = requested if requested is not None else model.outputs
-        request._model_name, request._model_version = model.name, model.version
-        request._preferred_memory = None
-        request._trace = InferenceTrace(context)
+        request._model = model
         request._release_flags = RELEASE_ALL
-        names = None if requested is None else frozenset(requested)
-        request._sender = InferenceResponseSender(slot, names, model.decoupled)
+        request._sender = None
         return request
 
     def inputs(self) -> list[Tensor]:
@@ -271,28 +281,46 @@ class InferenceRequest:
         return json.dumps(self._parameters or {})
 
     def requested_output_names(self) -> list[str]:
-        return list(self._requested)
+        if self._requested is None and self._model is not None:
+            return list(self._model.outputs)
+        return list(self._requested or ())
 
     def model_name(self) -> str:
-        return self._model_name
+        return self._model_name if self._model is None else self._model.name
 
     def model_version(self) -> int:
-        return self._model_version
+        return self._model_version if self._model is None else self._model.version
 
     def preferred_memory(self) -> PreferredMemory | None:
-        return self._preferred_memory
+        return self._preferred_memory if self._model is None else None
 
     def trace(self) -> InferenceTrace:
-        return self._trace
+        return InferenceTrace(self._context)
 
     def get_response_sender(self) -> InferenceResponseSender:
         if self._sender is None:
-            raise TritonModelException("only a request that came to this model has a response sender")
+            if self._model is None:
+                raise TritonModelException("only a request that came to this model has a response sender")
+            names = None if self._requested is None else frozenset(self._requested)
+            self._sender = InferenceResponseSender(self._slot, names, self._model.decoupled)
         return self._sender
 
     def is_cancelled(self) -> bool:
         """Whether the client called the request off or hung up."""
-        return self._sender is not None and self._sender.is_cancelled()
+        if self._sender is not None:
+            return self._sender.is_cancelled()
+        return self._model is not None and wires.connection.is_cancelled(self._slot)
+
+    def _answers_with(self, response: InferenceResponse) -> list[Any]:
+        """The tensors to send of the response that `execute` returned; its sender is closed."""
+        if self._sender is not None:
+            self._sender._count(True, True)
+        return response._contents(self._requested)
+
+    def _abandon(self) -> None:
+        """`execute` has returned nothing for the request: without a sender nobody will answer it."""
+        if self._sender is None:
+            self.get_response_sender()  # which goes unused, and says so
 
     def set_release_flags(self, flags: int) -> None:
         """TRITONSERVER_REQUEST_RELEASE_RESCHEDULE: execute this request again in a later batch."""
@@ -332,7 +360,7 @@ class InferenceRequest:
             self._timeout,
             self._parameters or None,
             self._requested or None,
-            self._trace.get_context(),
+            self._context,
             decoupled,
         )
         connection.send_tensors(

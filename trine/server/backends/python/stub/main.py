@@ -188,66 +188,57 @@ class Runner:
             if returned is None:
                 self._done_without_responses(requests)
             else:
-                self._respond(requests, self._checked(requests, returned))
+                self._respond(requests, returned)
         except BaseException as error:  # sys.exit() too: the model's process is not its own to end
             self._fail(requests, error)
 
-    def _checked(self, requests: list[InferenceRequest], responses: Any) -> list[Any]:
-        """The list that `execute` returned; TritonModelException where it is not what it has to be."""
-        if self._identity.decoupled:
-            raise TritonModelException(
-                f"Python model '{self._instance_name}' is using the decoupled mode and the execute function must "
-                "return None."
-            )
-        if not isinstance(responses, list | tuple):
-            raise TritonModelException(f"Expected a list in the execute return, found type '{type(responses)}'.")
-        if len(responses) != len(requests):
-            raise TritonModelException(
-                "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
-                f"InferenceRequest(s) size is:{len(requests)}, and InferenceResponse(s) size is:{len(responses)}\n"
-            )
-        for request, response in zip(requests, responses, strict=True):
+    def _respond(self, requests: list[InferenceRequest], returned: Any) -> None:
+        """Send what `execute` returned, in one message. TritonModelException where it is not what it has to be."""
+        self._check_list(requests, returned)
+        groups: list[list[Any]] = []
+        for request, response in zip(requests, returned, strict=True):
             if response is None:
-                continue
-            if request._release_flags == RELEASE_RESCHEDULE:
+                groups.append([])
+            elif request._release_flags == RELEASE_RESCHEDULE:
                 raise TritonModelException(
                     "Expected a None object in the execute function return list for reschduled request, found type "
                     f"'{type(response)}'."
                 )
-            if not isinstance(response, InferenceResponse):
+            elif not isinstance(response, InferenceResponse):
                 raise TritonModelException(
                     "Expected an 'InferenceResponse' object in the execute function return list, found type "
                     f"'{type(response)}'."
                 )
-        return list(responses)
-
-    def _respond(self, requests: list[InferenceRequest], responses: list[InferenceResponse | None]) -> None:
-        """One message for the whole batch."""
-        groups: list[list[Any]] = []
-        for request, response in zip(requests, responses, strict=True):
-            sender = request.get_response_sender()
-            if response is None:
-                groups.append([])
-                continue
-            sender._count(True, True)
-            groups.append(response._contents(sender._requested))
+            else:
+                groups.append(request._answers_with(response))
 
         def message(block: wire.Block, entries: list[list[wire.TensorEntry]]) -> wire.Message:
             each = [
                 _unanswered(request) if response is None else response._message(own)
-                for request, response, own in zip(requests, responses, entries, strict=True)
+                for request, response, own in zip(requests, returned, entries, strict=True)
             ]
             return wire.DONE, block, each, None
 
         self._connection.send_tensors(groups, message)
 
+    def _check_list(self, requests: list[InferenceRequest], returned: Any) -> None:
+        if self._identity.decoupled:
+            raise TritonModelException(
+                f"Python model '{self._instance_name}' is using the decoupled mode and the execute function must "
+                "return None."
+            )
+        if not isinstance(returned, list | tuple):
+            raise TritonModelException(f"Expected a list in the execute return, found type '{type(returned)}'.")
+        if len(returned) != len(requests):
+            raise TritonModelException(
+                "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
+                f"InferenceRequest(s) size is:{len(requests)}, and InferenceResponse(s) size is:{len(returned)}\n"
+            )
+
     def _done_without_responses(self, requests: list[InferenceRequest]) -> None:
         """Every request is answered by its sender, or is to be executed again."""
-        if any(request._release_flags == RELEASE_RESCHEDULE for request in requests):
-            each = [_unanswered(request) for request in requests]
-            self._connection.send(wire.DONE, wire.NO_BLOCK, each, None)
-        else:
-            self._connection.send(wire.DONE, wire.NO_BLOCK, None, None)
+        each = [_unanswered(request) for request in requests]
+        self._connection.send(wire.DONE, wire.NO_BLOCK, each if any(each) else None, None)
 
     def _fail(self, requests: list[InferenceRequest], error: BaseException) -> None:
         text = f"Failed to process the request(s) for model '{self._instance_name}', message: {describe(error)}"
@@ -272,7 +263,7 @@ class Runner:
             try:
                 returned = await coroutine
                 if returned is not None:
-                    self._checked(requests, returned)
+                    self._check_list(requests, returned)
             except BaseException as error:
                 self._fail_each(requests, error)
 
@@ -311,6 +302,7 @@ class Runner:
 def _unanswered(request: InferenceRequest) -> int | None:
     """What stands for a response that `execute` did not return."""
     if request._release_flags != RELEASE_RESCHEDULE:
+        request._abandon()
         return None
     request.get_response_sender()._close()
     return wire.RESCHEDULED
