@@ -16,7 +16,7 @@ from trine.server.http.compression import accepted_encoding, compress, decompres
 from trine.server.http.connection import too_large
 from trine.server.http.exchange import JSON, Buffer, Exchange, HeaderBlock
 from trine.server.http.values import decode_document, decode_values, encode_values
-from trine.server.plan import InputPlan, OutputPlan, Plan, Region, answered, classification_of, region_of
+from trine.server.plan import InputPlan, OutputPlan, Plan, answered, classification_of, region_of
 from trine.server.request import InferRequest, InferResponse
 from trine.server.tensors import Tensor
 
@@ -302,16 +302,16 @@ def encode_response(api: HttpApi, plan: Plan, model: Any, response: InferRespons
             labels = model.labels(output.name)
             output = classify(output, wanted.classification, labels, batched=model.config.max_batch_size > 0)
         shape = ",".join(map(str, output.shape))
-        start = f'{{"name":{quote(output.name)},"datatype":"{output.datatype}","shape":[{shape}],'
+        start = f'{{"name":{quote(output.name)},"datatype":"{output.datatype}","shape":[{shape}]'
         if wanted is not None and wanted.region is not None:
-            size = api.memory.write(wanted.region, output.raw, output.name)
-            texts.append(f'{start}"parameters":{_region_text(wanted.region, size)}}}')
+            api.memory.write(wanted.region, output.raw, output.name)
+            texts.append(start + "}")  # clients take any parameters for those of binary data
         elif wanted.binary if wanted is not None else plan.binary:
             raw = output.raw
             binary.append(raw)
-            texts.append(f'{start}"parameters":{{"binary_data_size":{len(raw)}}}}}')
+            texts.append(f'{start},"parameters":{{"binary_data_size":{len(raw)}}}}}')
         else:
-            texts.append(f'{start}"data":{encode_values(output)}}}')
+            texts.append(f'{start},"data":{encode_values(output)}}}')
     id_text = f'"id":{quote(plan.id)},' if plan.id else ""
     parameters = ""
     if response.parameters:
@@ -321,8 +321,3 @@ def encode_response(api: HttpApi, plan: Plan, model: Any, response: InferRespons
         f'"model_version":{quote(response.model_version or model.version)},{parameters}"outputs":[{",".join(texts)}]}}'
     )
     return head.encode(), binary
-
-
-def _region_text(region: Region, size: int) -> str:
-    offset = f',"shared_memory_offset":{region.offset}' if region.offset else ""
-    return f'{{"shared_memory_region":{quote(region.name)},"shared_memory_byte_size":{size}{offset}}}'
