@@ -15,8 +15,8 @@ from trine.llm.layers.module import WeightedModule, WeightKey, empty_parameter
 from trine.llm.quantization.method import LinearMethod
 
 BLOCK = 128  # rows and columns that share a scale in checkpoints with a scale a block
-_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
-_INPUT_SCALE = "input_scale"
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+INPUT_SCALE = "input_scale"
 
 
 class Linear(WeightedModule):
@@ -60,17 +60,17 @@ class Linear(WeightedModule):
         return expected
 
     def optional_weights(self) -> set[WeightKey]:
-        return {WeightKey(name, shard) for name in (*_WEIGHT_SCALES, _INPUT_SCALE) for shard in self.shards}
+        return {WeightKey(name, shard) for name in (*WEIGHT_SCALES, INPUT_SCALE) for shard in self.shards}
 
     def create_weights(self, device: torch.device) -> None:
         self.weight = empty_parameter((self.outputs, self.inputs), self.dtype, device)
         self.bias = empty_parameter((self.outputs,), self.dtype, device) if self.has_bias else None
 
     def load_weight(self, key: WeightKey, tensor: torch.Tensor) -> None:
-        if key.name in _WEIGHT_SCALES:
+        if key.name in WEIGHT_SCALES:
             self._stored_scales[key.shard] = tensor.float().to(self.plain_weight().device)
             return
-        if key.name == _INPUT_SCALE:
+        if key.name == INPUT_SCALE:
             return  # tokens have scales of their own
         self._float8 = self._float8 or tensor.dtype == fp8.DTYPE
         start = 0
@@ -102,7 +102,7 @@ class Linear(WeightedModule):
             return torch.cat([own.reshape(-1).expand(rows) for rows, own in parts if own is not None])
         for part, own in zip(torch.split(weight, list(self.shards.values())), scales, strict=True):
             if own is not None:
-                part.copy_(part.float() * _spread(own, part))
+                part.copy_(part.float() * spread_scales(own, part))
         row_scales = fp8.row_scales(weight)
         weight.copy_(fp8.saturate(weight, row_scales[:, None]))
         return row_scales
@@ -138,7 +138,7 @@ class GateUpLinear(Linear):
         return self.method.apply_silu_mul(x, self.weight, self.bias, reader.weight)
 
 
-def _spread(scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def spread_scales(scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """One number, one a row, or one a block of 128 by 128: for every element of weight [N, K]."""
     rows, columns = weight.shape
     if scales.numel() == 1:

@@ -39,7 +39,8 @@ class CheckpointNames:
 
     A name loses the first of `prefixes` that it starts with. The rest is a module's path and a parameter; the path's
     last part may be a projection that is fused here: `fused` maps it to the module and the shard. `experts` does so for
-    the projections of numbered experts (….experts.7.up_proj.weight), which all are one module: the shard is "7.up".
+    the projections of numbered experts (….experts.7.up_proj.weight), which all are one module: the shard is "7.up", and
+    what is no weight is called "gate_up.weight_scale", say.
     `renamed` are modules' names here by what they are called in checkpoints. Names that match `ignored` are buffers
     that old tools saved, or heads that are not served.
     """
@@ -63,9 +64,11 @@ class CheckpointNames:
             path = path.replace(f".{stored}.", f".{own}.")
         parent, _, leaf = path.rpartition(".")
         expert = _EXPERT.fullmatch(parent)
-        if expert and leaf in self.experts and parameter == "weight":
+        if expert and leaf in self.experts:
             name, shard = self.experts[leaf]
-            return expert[1], WeightKey(name, f"{expert[2]}.{shard}")
+            return expert[1], WeightKey(
+                name if parameter == "weight" else f"{name}.{parameter}", f"{expert[2]}.{shard}"
+            )
         if leaf not in self.fused:
             return path, WeightKey(parameter)
         module, shard = self.fused[leaf]
