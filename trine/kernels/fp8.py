@@ -60,6 +60,10 @@ class Fp8Rows:
         return self.values.shape
 
     @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def is_cuda(self) -> bool:
         return self.values.is_cuda
 

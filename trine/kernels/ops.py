@@ -137,9 +137,28 @@ def linear(
     return y
 
 
+ADDED_ROWS = 512
+"""Rows from which on the library's product adds to what is there for nothing: its sums leave while others are made."""
+
+
+def linear_add(x: Rows, weight: Weight, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
+    """`linear(x, weight, bias)`, or None after adding it to `residual` [T, N] in place, where that saves a pass."""
+    if (
+        isinstance(weight, torch.Tensor)
+        and isinstance(x, torch.Tensor)
+        and x.is_cuda
+        and x.shape[0] >= ADDED_ROWS
+        and bias is None
+        and not _reference_only
+    ):
+        residual.addmm_(x, weight.t())
+        return None
+    return linear(x, weight, bias)
+
+
 def linear_silu_mul(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`, in one pass where the back end can: [T, K] to [T, I], weight [2I, K]."""
-    if isinstance(weight, torch.Tensor):
+    if isinstance(weight, torch.Tensor) and not (x.is_cuda and not _reference_only):
         return silu_mul(linear(x, weight, bias))
     y: torch.Tensor = _reader(type(weight), x.is_cuda).linear_silu_mul(x, weight, bias)
     return y
@@ -159,6 +178,8 @@ def linear_silu_mul_for(reader: Weight, x: Rows, weight: Weight, bias: torch.Ten
     """`linear_silu_mul` in the form that the product with `reader` takes fastest."""
     if not _rounds_for(reader, x):
         return linear_silu_mul(x, weight, bias)
+    if isinstance(weight, Fp8Weight):
+        return cast(Rows, _gpu_fp8().linear_silu_mul_rows(x, weight, bias))
     return cast(Rows, _gpu_fp8().silu_mul_rows(linear(x, weight, bias)))
 
 

@@ -7,6 +7,7 @@ here on CPU tensors, which is how the tests run where there is no GPU.
 from trine.kernels.reference import embedding
 from trine.kernels.triton.activation import gelu, silu_mul
 from trine.kernels.triton.attention import paged_attention, supports
+from trine.kernels.triton.gated_linear import linear_silu_mul
 from trine.kernels.triton.moe import experts
 from trine.kernels.triton.moe_route import route
 from trine.kernels.triton.norm import add_rms_norm, layer_norm, rms_norm
@@ -20,6 +21,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_silu_mul",
     "paged_attention",
     "prepare_qkv",
     "rms_norm",

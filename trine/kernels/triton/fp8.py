@@ -18,6 +18,7 @@ from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
+from trine.kernels.triton.gated_linear import fused
 from trine.kernels.triton.small_linear import small_linear
 
 
@@ -179,3 +180,9 @@ def linear(
 def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
     return silu_mul(linear(x, weight, bias))
+
+
+def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> Fp8Rows:
+    """`linear_silu_mul`, rounded."""
+    y = fused(x, weight, bias) if isinstance(x, Fp8Rows) else None
+    return silu_mul_rows(linear(x, weight, bias)) if y is None else quantize_rows(y)

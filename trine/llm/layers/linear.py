@@ -126,6 +126,10 @@ class Linear(WeightedModule):
         """[T, K] to [T, N]."""
         return self.method.apply(x, self.weight, self.bias)
 
+    def add_to(self, residual: torch.Tensor, x: Rows) -> torch.Tensor | None:
+        """[T, K] to [T, N], which is to be added to `residual`; None where it has been."""
+        return self.method.apply_add(x, self.weight, self.bias, residual)
+
 
 class GateUpLinear(Linear):
     """The two input projections of a SwiGLU block and the activation between them: silu(gate(x)) * up(x)."""

@@ -60,8 +60,9 @@ class SelfAttention(Attention):
             method=build.method,
         )
 
-    def forward(self, x: Rows, batch: Batch) -> torch.Tensor:
-        return self.o_proj(super().forward(self.qkv_proj(x), batch))
+    def add_to(self, residual: torch.Tensor, x: Rows, batch: Batch) -> torch.Tensor | None:
+        """What is to be added to the residual stream; None where it has been."""
+        return self.o_proj.add_to(residual, self(self.qkv_proj(x), batch))
 
 
 class GatedMLP(Layer):
@@ -73,8 +74,9 @@ class GatedMLP(Layer):
         self.gate_up_proj = GateUpLinear(config.hidden_size, inner, bias=bias, dtype=build.dtype, method=build.method)
         self.down_proj = Linear(inner, config.hidden_size, bias=bias, dtype=build.dtype, method=build.method)
 
-    def forward(self, x: Rows) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj.gated(x, self.down_proj))
+    def add_to(self, residual: torch.Tensor, x: Rows) -> torch.Tensor | None:
+        """What is to be added to the residual stream; None where it has been."""
+        return self.down_proj.add_to(residual, self.gate_up_proj.gated(x, self.down_proj))
 
 
 class DecoderLayer(Layer):
@@ -95,19 +97,18 @@ class DecoderLayer(Layer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
         self.mlp = mlp
 
-    def forward(self, x: torch.Tensor | None, residual: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """`residual` [T, H] is updated in place, except for this layer's last output, which is returned.
+    def forward(self, x: torch.Tensor | None, residual: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """`residual` [T, H] is updated in place, except perhaps for this layer's last output, which is returned then.
 
-        x is the same from the layer before; adding it is fused with the norm that follows. None in the first layer.
+        x is the same from the layer before; adding it is fused with the norm that follows. None in the first layer,
+        and where the last product has added its result.
         """
-        first = self.self_attn.qkv_proj.weight
-        norm = self.input_layernorm
-        y = norm.for_product(residual, first) if x is None else norm.add_for_product(x, residual, first)
-        y = self.self_attn(y, batch)
+        y = self.input_layernorm.add_for_product(x, residual, self.self_attn.qkv_proj.weight)
+        x = self.self_attn.add_to(residual, y, batch)
         norm = self.post_attention_layernorm
         if isinstance(self.mlp, GatedMLP):
-            return self.mlp(norm.add_for_product(y, residual, self.mlp.gate_up_proj.weight))
-        return self.mlp(norm.add(y, residual))
+            return self.mlp.add_to(residual, norm.add_for_product(x, residual, self.mlp.gate_up_proj.weight))
+        return self.mlp(norm(residual) if x is None else norm.add(x, residual))
 
     def as_operation(self) -> types.DecoderLayer | None:
         """The same for a back end that runs a whole stack of layers at once; None for what no such back end knows."""

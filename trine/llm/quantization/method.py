@@ -35,6 +35,12 @@ class LinearMethod:
         """[T, K] to [T, N], of x's dtype or `out_dtype`."""
         return ops.linear(x, weight, bias, out_dtype)
 
+    def apply_add(
+        self, x: Rows, weight: Weight, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor | None:
+        """`apply`, or None where the result was added to `residual` [T, N] on the way."""
+        return ops.linear_add(x, weight, bias, residual)
+
     def apply_silu_mul(self, x: Rows, weight: Weight, bias: torch.Tensor | None, reader: Weight) -> Rows:
         """[T, K] to [T, N / 2]: the product's first half, through SiLU, times its second, as `reader` takes it."""
         return ops.linear_silu_mul_for(reader, x, weight, bias)

@@ -1,0 +1,44 @@
+"""The product in front of a SwiGLU activation and the activation: one kernel for many rows on Hopper, else two."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from trine.kernels.fp8 import Fp8Weight, Rows
+from trine.kernels.triton.activation import silu_mul
+from trine.kernels.triton.small_linear import linear
+
+FUSED_ROWS = 2048
+"""Rows from which on there are several tiles for each multiprocessor; with fewer the library's choice of tiles pays."""
+
+
+@cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The kernel for Hopper GPUs, on one with a Triton that has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("trine.kernels.triton.hopper_gated")
+    except ImportError:
+        return None
+
+
+def fused(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """silu(gate) * up of the product, [T, I], by one kernel; None where there is none for it."""
+    if bias is not None or x.shape[0] < FUSED_ROWS:
+        return None
+    hopper = _hopper(x.device)
+    if hopper is None or not hopper.supports(x, weight):
+        return None
+    y: torch.Tensor = hopper.gated_linear(x, weight)
+    return y
+
+
+def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
+    y = fused(x, weight, bias)
+    return silu_mul(linear(x, weight, bias)) if y is None else y
