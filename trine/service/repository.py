@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trine.server.application import Server
 
 logger = logging.getLogger("trine.service")
-_OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+_OPEN_PATHS = ("/v2/health/live", "/v2/health/ready", "/v2/dashboard")
 _POLL_SECONDS = 0.05
 _NO_KEY = "this service asks for an API key: send it as 'Authorization: Bearer KEY'"
 

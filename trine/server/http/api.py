@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from trine.core.errors import TrineError
 from trine.server.errors import Code, ServerError
-from trine.server.http import generate, infer, management
+from trine.server.http import dashboard, generate, infer, management
 from trine.server.http.compression import UnsupportedEncodingError
 from trine.server.http.exchange import JSON, TEXT, Exchange, HeaderBlock
 from trine.server.plan import Plan, Remembered
@@ -47,6 +47,8 @@ _PATTERNS: tuple[tuple[str, str, dict[str, Endpoint]], ...] = (
     ("/v2/health/ready", "health", {"GET": management.ready}),
     (_MODEL + "/ready", "health", {"GET": management.model_ready}),
     ("/v2", "metadata", {"GET": management.server_metadata}),
+    ("/v2/dashboard", "metadata", {"GET": dashboard.page}),
+    ("/v2/dashboard/data", "statistics", {"GET": dashboard.data}),
     ("/v2/models/stats", "statistics", {"GET": management.statistics}),
     (_MODEL + "/stats", "statistics", {"GET": management.statistics}),
     (_MODEL + "/config", "model-config", {"GET": management.model_config}),
