@@ -113,6 +113,8 @@ class Answers:
         if request.done:
             return
         response.model_name, response.model_version = self.name, self.version
+        if self.decoupled:
+            self._count_response(request, response)
         if response.final:
             request.done = True
             self.open -= 1
@@ -124,6 +126,26 @@ class Answers:
                 self.statistics.latency.add(took)
                 self.statistics.last_inference_ms = time_ns() // 1_000_000
         request.respond(response)
+
+    def _count_response(self, request: InferRequest, response: InferResponse) -> None:
+        """One of the responses of a decoupled model: by its index, with the time since the one before."""
+        now = monotonic_ns()
+        statistics = self.statistics
+        counted = statistics.response(request.responses)
+        took = now - (request.responses_ns or request.queued_ns)
+        if response.error is not None:
+            cancelled = response.error.error_code is Code.CANCELLED
+            (counted.cancel if cancelled else counted.fail).add(took)
+        elif response.is_empty:
+            counted.empty_response.add(took)
+        else:
+            counted.success.add(took)
+            counted.compute_infer.add(took)
+            counted.compute_output.add(0)
+        if not request.responses:
+            statistics.first_response.add(now - request.received_ns)
+        request.responses += 1
+        request.responses_ns = now
 
     def _fail_batch(self, batch: Batch, error: ServerError) -> None:
         self.statistics.pending -= batch.size

@@ -355,6 +355,10 @@ class InstancePool:
         else:
             self.bridge.post(self.deliver, request, response)
 
+    def expect_as(self, before: InstancePool) -> None:
+        """Begin with what another pool has learnt of how long computing takes: that of the model served before."""
+        self._recent_ns, self._executions = before._recent_ns, before._executions
+
     def _inline(self, worker: Worker) -> bool:
         if self._limiter is not None:
             return False
@@ -366,7 +370,7 @@ class InstancePool:
         return self._recent_ns < _INLINE_NS and self._executions >= _FIRST_IN_THREAD
 
     def _learn(self, batch: Batch, *, inline: bool) -> None:
-        """Keep an estimate of how long computing takes, near its upper third: a pause of the machine hardly moves it."""
+        """Keep an estimate of how long computing takes, near its upper third: pauses of the machine hardly move it."""
         took = batch.end_ns - batch.start_ns
         self._executions += 1
         if self._executions <= _FIRST_IN_THREAD:

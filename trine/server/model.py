@@ -209,6 +209,7 @@ class ServedModel:
 
     def follow(self, before: ServedModel) -> None:
         """Take over from the model that served this version so far: it goes on with its sequences."""
+        self.pool.expect_as(before.pool)
         if isinstance(self.scheduler, SequenceScheduler) and isinstance(before.scheduler, SequenceScheduler):
             self.scheduler.predecessor = before.scheduler
             before.scheduler.leaving = True

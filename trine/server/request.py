@@ -82,6 +82,8 @@ class InferRequest:
         "queued_ns",
         "received_ns",
         "respond",
+        "responses",
+        "responses_ns",
         "sequence_end",
         "sequence_id",
         "sequence_start",
@@ -123,6 +125,8 @@ class InferRequest:
         self.cancelled = False
         self.internal = False  # made by a running request of this server: served while the server stops
         self.done = False  # the final response was handed over
+        self.responses = 0  # handed over so far, of a decoupled model
+        self.responses_ns = 0  # when the last of them was
         self.expires_ns = 0  # when the queue's policy gives up on it; 0: never
         self.signature: object = None  # requests of one batch have equal ones: the shapes that vary
         self.on_cancel: Callable[[], None] | None = None  # set by whoever holds the request now

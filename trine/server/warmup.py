@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,6 +17,8 @@ from trine.server.instances import Batch, Worker
 from trine.server.request import InferRequest, InferResponse
 from trine.server.tensors import NUMPY_TYPES, Tensor
 
+logger = logging.getLogger("trine.server")
+
 ModelConfig = Any
 
 _ANSWER_SECONDS = 300.0
@@ -28,6 +31,31 @@ async def warm_up(config: ModelConfig, directory: Path | None, workers: list[Wor
         for worker in workers:
             for _ in range(max(1, sample.count)):
                 await _compute(config, sample, inputs, worker)
+
+
+def rehearse(config: ModelConfig, instances: list[Any]) -> None:
+    """Compute once on zeros with each instance that takes whole tensors, in a thread that loads.
+
+    The first execution of a framework allocates and tunes; a model that takes a served one's place has that behind it.
+    What zeros can't be computed on shows nothing and is no error.
+    """
+    if config.model_warmup or config.HasField("sequence_batching") or config.batch_input:
+        return
+    lead = (1,) if config.max_batch_size else ()
+    outputs = [tensor.name for tensor in config.output]
+    for instance in instances:
+        if not hasattr(instance, "execute"):
+            continue
+        inputs = {}
+        for tensor in config.input:
+            dims = tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims
+            shape = (*lead, *(1 if dim == -1 else dim for dim in dims))
+            if not tensor.optional:
+                inputs[tensor.name] = _data(datatype_name(tensor.data_type), shape, random=False)
+        try:
+            instance.execute(inputs, outputs)
+        except Exception as error:
+            logger.debug("model %s does not compute on zeros: %s", config.name, error)
 
 
 def check_samples(config: ModelConfig, directory: Path | None) -> None:

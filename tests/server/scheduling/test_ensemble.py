@@ -228,3 +228,15 @@ async def test_unloading_an_ensemble_with_its_dependents(tmp_path: Path) -> None
         await repository.unload("e", dependents=True)
         await asyncio.sleep(0.05)
         assert {entry.name for entry in repository.index(ready=True)} == {"other", "shared"}
+
+
+async def test_responses_of_decoupled_models_are_counted_by_their_index(tmp_path: Path) -> None:
+    slow(tmp_path, "stream", "model_transaction_policy { decoupled: true }")
+    async with serving(tmp_path) as repository:
+        for count in (0, 2, 2):
+            await start(repository, "stream", {"IN": row(count)})
+        statistics = repository.model("stream").statistics
+        counted = {index: (r.success.count, r.empty_response.count) for index, r in statistics.responses.items()}
+        assert counted == {0: (2, 1), 1: (2, 0), 2: (0, 2)}
+        assert sum(statistics.first_response.counts) == 3
+        assert statistics.success.count == 3

@@ -112,7 +112,6 @@ class OnnxModel:
         return OnnxInstance(self._session(device), self._config)
 
     def close(self) -> None:
-        """Sessions end with their last instance."""
         self._sessions.clear()
 
 
@@ -120,7 +119,7 @@ class OnnxInstance:
     """Runs the device's session; ONNX Runtime allows any number of threads to."""
 
     def __init__(self, session: Any, config: ModelConfig) -> None:
-        self._run = session.run
+        self._run: Any = session.run
         self._strings = [tensor.name for tensor in config.input if datatype_name(tensor.data_type) == "BYTES"]
         self._name: str = config.name
 
@@ -134,7 +133,8 @@ class OnnxInstance:
             raise ServerError(f"onnx runtime error in model '{self._name}': {error}", Code.INTERNAL) from error
 
     def close(self) -> None:
-        """The session is the model's."""
+        """Let go of the session: whoever closes last frees it, and that is not the event loop's thread."""
+        self._run = None
 
 
 def _decoded(array: Array) -> Array:

@@ -37,6 +37,7 @@ from trine.server.repository.entries import (
 )
 from trine.server.repository.files import ModelFolder, Signature
 from trine.server.repository.loader import BackendRegistry, Loader, Plan, members, placements
+from trine.server.repository.planning import differ_in_instances_only, in_dependency_order, message_of
 from trine.server.repository.settings import RepositorySettings
 from trine.server.repository.sources import Sources, write_files
 from trine.server.repository.watcher import Watcher
@@ -44,10 +45,12 @@ from trine.server.request import InferRequest
 from trine.server.scheduling.rate_limiter import RateLimiter
 from trine.server.scheduling.response_cache import ResponseCache, make_cache
 from trine.server.traffic import TrafficSplit
+from trine.server.warmup import rehearse
 
 logger = logging.getLogger("trine.server")
 
-_SWITCH_INTERVAL = 0.0002  # seconds a thread may keep the interpreter while another waits for it
+_LONGEST_BREATH = 0.05  # seconds between two swaps at most
+_SWITCH_INTERVAL = 0.00005  # seconds a thread may keep the interpreter while another waits for it
 
 
 class Repository:
@@ -69,6 +72,7 @@ class Repository:
         self._written: dict[str, Path] = {}
         self._known: set[str] = set()
         self._watcher: Watcher | None = None
+        self._rested_at = 0.0
         self.cache: ResponseCache | None = make_cache(self.settings.cache_size, self.settings.cache_url)
 
     # Looking up
@@ -134,7 +138,7 @@ class Repository:
         if not self.settings.strict_readiness:
             return True
         return all(
-            state.state == READY or state.reason == UNLOADED
+            state.state in (READY, UNLOADING) or state.reason == UNLOADED
             for entry in self._entries.values()
             for state in entry.versions.values()
         )
@@ -326,15 +330,15 @@ class Repository:
                 if isinstance(result, Plan):
                     plans.append(result)
                 else:
-                    failures.append(f"{folder.name}: {_message(result)}")
+                    failures.append(f"{folder.name}: {message_of(result)}")
             needed = {member for plan in plans for member, _ in members(plan.config)} - planned
             left = [(others or {})[name] for name in needed if name in (others or {})]
-        ordered = _in_dependency_order(plans)
+        ordered = in_dependency_order(plans)
         for stage in ordered:
             done = await asyncio.gather(*(self._take_up(plan) for plan in stage), return_exceptions=True)
             for plan, failure in zip(stage, done, strict=True):
                 if failure is not None:
-                    failures.append(f"{plan.folder.name}: {_message(failure)}")
+                    failures.append(f"{plan.folder.name}: {message_of(failure)}")
         return failures
 
     async def _load_with_members(
@@ -373,7 +377,7 @@ class Repository:
         async with entry.lock:
             failures: list[str] = []
             same = entry.config is not None and entry.files == plan.signature and entry.config == plan.config
-            resized = not same and entry.config is not None and _differ_in_instances_only(entry, plan)
+            resized = not same and entry.config is not None and differ_in_instances_only(entry.config, plan.config)
             for version in plan.versions:
                 signature = plan.signatures[version]
                 known = entry.versions.get(version)
@@ -405,7 +409,11 @@ class Repository:
         if not served:
             entry.versions[version] = VersionEntry(LOADING)
         try:
+            began = await self._take_breath() if served else monotonic()
             loaded = await self._load_with_retries(plan, version)
+            if served:
+                await self._in_thread(rehearse, loaded.config, [placed.instance for placed in loaded.instances])
+            self._rested_at = monotonic() + min(_LONGEST_BREATH, 4 * (monotonic() - began))
             await self._serve(entry, loaded, signature)
         except Exception as error:
             failure = error if isinstance(error, TrineError) else ModelLoadError(f"{type(error).__name__}: {error}")
@@ -415,6 +423,14 @@ class Repository:
             else:
                 entry.versions[version] = VersionEntry(UNAVAILABLE, failure.message)
             raise failure from error
+
+    async def _take_breath(self) -> float:
+        """Wait until the last load is some time ago, so that swaps in a row don't slow the requests; the time then.
+
+        Frameworks keep Python's interpreter for a part of a load, and the event loop from running.
+        """
+        await asyncio.sleep(self._rested_at - monotonic())
+        return monotonic()
 
     async def _load_with_retries(self, plan: Plan, version: str) -> LoadedModel:
         for attempt in range(self.settings.load_retries, -1, -1):
@@ -554,43 +570,6 @@ class Repository:
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
-
-
-def _message(error: object) -> str:
-    if isinstance(error, TrineError):
-        return error.message
-    assert isinstance(error, BaseException)
-    if not isinstance(error, Exception):
-        raise error
-    return f"{type(error).__name__}: {error}"
-
-
-def _in_dependency_order(plans: list[Plan]) -> list[list[Plan]]:
-    """Stages to load one after the other: models, then ensembles of them, then ensembles of those."""
-    remaining = {plan.folder.name: plan for plan in plans}
-    stages: list[list[Plan]] = []
-    while remaining:
-        stage = [
-            plan
-            for name, plan in remaining.items()
-            if not any(member in remaining and member != name for member, _ in members(plan.config))
-        ]
-        stage = stage or list(remaining.values())  # a circle: each fails with what it lacks
-        stages.append(stage)
-        for plan in stage:
-            del remaining[plan.folder.name]
-    return stages
-
-
-def _differ_in_instances_only(entry: ModelEntry, plan: Plan) -> bool:
-    """Whether instance groups are all that a new configuration changes."""
-    before, after = type(plan.config)(), type(plan.config)()
-    before.CopyFrom(entry.config)
-    after.CopyFrom(plan.config)
-    before.ClearField("instance_group")
-    after.ClearField("instance_group")
-    same: bool = before == after
-    return same and not members(plan.config)
 
 
 def count_gpus() -> int:
