@@ -32,9 +32,14 @@ def read(path: Path, kind: Any) -> Any:
     return numpy_helper.to_array(onnx.TensorProto.FromString(path.read_bytes()))
 
 
+def as_array(item: Any) -> Any:
+    return numpy_helper.to_array(item) if isinstance(item, onnx.TensorProto) else item
+
+
 def data_sets(case: Any, model: onnx.ModelProto) -> Iterator[tuple[list[Any], list[Any]]]:
     if case.data_sets is not None:
-        yield from case.data_sets
+        for inputs, outputs in case.data_sets:
+            yield [as_array(item) for item in inputs], [as_array(item) for item in outputs]
         return
     for folder in sorted(Path(case.model_dir).glob("test_data_set_*")):
         yield tuple(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from trine.graph import tactics
 from trine.graph.dtypes import DType, from_numpy, to_numpy, to_torch
 from trine.graph.errors import InputError
 from trine.graph.importer import import_model
-from trine.graph.ir import Graph, Value
+from trine.graph.ir import Graph, Node, Value
+from trine.graph.passes import Effect
+from trine.graph.passes import optimise as run_passes
 from trine.graph.runtime import Program, check_input
+from trine.graph.tactics import Choice, Kernel, TimingCache, choose_first, kernels_for
 
 Array = np.ndarray[Any, Any]
 
@@ -22,9 +26,17 @@ Array = np.ndarray[Any, Any]
 class Plan:
     """A compiled model. `run` may be called from several threads."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        effects: list[Effect] | None = None,
+        choices: Mapping[Node, Choice] | None = None,
+        kernels: Mapping[Node, Kernel] | None = None,
+    ) -> None:
         self.graph = graph
-        self.program = Program(graph)
+        self.effects = effects or []
+        self.choices = dict(choices or {})
+        self.program = Program(graph, kernels_for(self.choices) if kernels is None else kernels)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Named arrays (tensors and lists are taken, too) to named arrays. InputError for what does not fit."""
@@ -73,7 +85,50 @@ def _to_caller(result: Any, dtype: DType | None) -> Any:
     return [_to_caller(item, None) for item in result] if isinstance(result, list) else result
 
 
-def build(source: str | os.PathLike[str] | bytes | Any, *, folder: Path | None = None, optimise: bool = True) -> Plan:
-    """Compile an ONNX file, its bytes or a ModelProto."""
+def build(
+    source: str | os.PathLike[str] | bytes | Any,
+    *,
+    folder: Path | None = None,
+    optimise: bool = True,
+    tune: bool = True,
+    timing_cache: str | os.PathLike[str] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Plan:
+    """Compile an ONNX file, its bytes or a ModelProto.
+
+    `tune=False` takes the first candidate for each node instead of timing them; `timing_cache` is a file that keeps
+    times for the next build; `shapes` are the inputs' shapes to tune for, where the model leaves them open.
+    """
     graph = import_model(source, folder)
-    return Plan(graph)
+    if not optimise:
+        return Plan(graph)
+    effects = run_passes(graph)
+    if not tune:
+        return Plan(graph, effects, choose_first(graph))
+    if not any(tactics.candidates(node) for node in graph.nodes) or any(node.op == "Loop" for node in graph.walk()):
+        return Plan(
+            graph, effects, choose_first(graph)
+        )  # nothing to time; or a loop that may not end on made-up inputs
+    cache = TimingCache(None if timing_cache is None else Path(timing_cache))
+    try:
+        with torch.inference_mode():
+            choices, kernels = tactics.tune(graph, example_inputs(graph, shapes or {}), cache)
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
+        return Plan(graph, effects, choose_first(graph))  # made-up inputs that the model can't run on
+    cache.save()
+    return Plan(graph, effects, choices, kernels)
+
+
+def example_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> list[Any]:
+    """Inputs to tune on: random floats, zeros else; open dimensions are 1 where `shapes` does not say."""
+    generator = torch.Generator().manual_seed(0)
+    inputs: list[Any] = []
+    for value in graph.inputs:
+        if value.dtype is None or value.dtype is DType.STRING or value.shape is None:
+            raise ValueError(f"input {value.name!r} has no shape to tune for")
+        shape = shapes.get(value.name) or [dim if isinstance(dim, int) else 1 for dim in value.shape]
+        if value.dtype.is_float:
+            inputs.append(torch.randn(list(shape), generator=generator).to(value.dtype.torch))
+        else:
+            inputs.append(torch.zeros(list(shape), dtype=value.dtype.torch))
+    return inputs

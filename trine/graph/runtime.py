@@ -90,16 +90,24 @@ class Program:
         return tuple(registers[slot] for slot in self._outputs)
 
     def trace(
-        self, arguments: Sequence[Any], see: Callable[[Node, list[Any], tuple[Any, ...]], None]
+        self,
+        arguments: Sequence[Any],
+        see: Callable[[Node, list[Any], tuple[Any, ...]], None] | None = None,
+        choose: Callable[[Node, list[Any]], Kernel | None] | None = None,
     ) -> tuple[Any, ...]:
-        """As `run`, telling `see` each node with its inputs and outputs: for profiles, calibration, tuning."""
+        """As `run`, telling `see` each node with its inputs and outputs: for profiles and calibration.
+
+        `choose`, given a node and its inputs, may name the kernel to run instead: for tuning.
+        """
         registers = self._template.copy()
         registers[1 : 1 + len(arguments)] = arguments
         for node, (kernel, inputs, outputs, last) in zip(self.graph.nodes, self._steps, strict=True):
             given = [registers[slot] for slot in inputs]
-            result = kernel(*given)
+            chosen = None if choose is None else choose(node, given)
+            result = (chosen or kernel)(*given)
             results = result if isinstance(result, tuple) else (result,)
-            see(node, given, results)
+            if see is not None:
+                see(node, given, results)
             for slot, part in zip(outputs, results, strict=False):
                 if slot >= 0:
                     registers[slot] = part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trine.graph.dtypes import DType, from_onnx, to_torch
+from trine.graph.dtypes import DType, from_onnx
 from trine.graph.errors import ModelFormatError
 
 _TYPED_FIELDS = {
@@ -41,7 +42,7 @@ def decode_tensor(proto: Any, folder: Path | None) -> tuple[Any, DType]:
     if proto.data_location == 1:
         raw = _external(proto, folder, name)
     elif proto.HasField("raw_data"):
-        raw = np.frombuffer(proto.raw_data, dtype=np.uint8)
+        raw = _owned(proto.raw_data)
     else:
         return _from_fields(proto, dtype, shape, name), dtype
     expected = (count * dtype.bits + 7) // 8
@@ -56,7 +57,14 @@ def decode_tensor(proto: Any, folder: Path | None) -> tuple[Any, DType]:
         return torch.zeros(shape, dtype=dtype.torch), dtype
     if dtype is DType.BOOL:
         return torch.from_numpy(raw != 0).reshape(shape), dtype
-    return to_torch(np.array(raw) if not raw.flags.writeable else raw).view(dtype.torch).reshape(shape), dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of memory that can't be written to
+        return torch.from_numpy(raw).view(dtype.torch).reshape(shape), dtype
+
+
+def _owned(data: bytes) -> np.ndarray[Any, Any]:
+    """An array over the bytes themselves: constants are never written to, so a copy would be waste."""
+    return np.frombuffer(data, dtype=np.uint8)
 
 
 def _unpack(raw: np.ndarray[Any, Any], dtype: DType, count: int) -> torch.Tensor:

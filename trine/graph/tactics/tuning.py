@@ -1,0 +1,197 @@
+"""Times the candidates of each node on real inputs, and remembers the times.
+
+Nodes are tuned in running order, each on what the nodes chosen before it really give it (their memory layout, too).
+A candidate that fails, or disagrees with the operator's own meaning, is out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trine.graph.ir import Graph, Node
+from trine.graph.runtime import Program, bind
+from trine.graph.tactics.registry import REFERENCE, Kernel, candidates
+
+_RUNS = 5
+_SECONDS_A_CANDIDATE = 0.08
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a node runs, and the milliseconds of each candidate, where they were taken."""
+
+    tactic: str
+    times: dict[str, float] = field(default_factory=dict)
+
+
+class TimingCache:
+    """Times by device, versions and problem, in a JSON file. A file of another form is an empty cache."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.times: dict[str, dict[str, float]] = {}
+        if path is not None and path.is_file():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                self.times = {key: dict(value) for key, value in stored["times"].items()}
+            except (ValueError, KeyError, AttributeError, TypeError):
+                self.times = {}
+
+    def save(self) -> None:
+        """Write the file whole, or not at all."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
+            json.dump({"times": self.times}, file)
+        os.replace(file.name, self.path)
+
+
+def device_key() -> str:
+    """What times depend on besides the problem."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}|{torch.backends.cpu.get_cpu_capability()}|torch {torch.__version__}|{torch.get_num_threads()}"
+
+
+def problem_key(node: Node, inputs: Sequence[Any]) -> str:
+    """Operator, attributes, and what the inputs look like; equal problems have equal keys."""
+    shapes = [
+        None if x is None else (str(x.dtype), list(x.shape), list(x.stride()) if isinstance(x, torch.Tensor) else None)
+        for x in inputs
+    ]
+    constant = [value is not None and value.is_constant for value in node.inputs]
+    attributes = {key: str(value) for key, value in sorted(node.attributes.items())}
+    text = json.dumps([device_key(), node.op, attributes, shapes, constant])
+    return f"{node.op}:{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def choose_first(graph: Graph) -> dict[Node, Choice]:
+    """Without timing: the first candidate that applies to each node."""
+    return {
+        node: Choice(next((option.name for option in candidates(node) if option.make(node)), REFERENCE))
+        for node in graph.walk()
+        if candidates(node)
+    }
+
+
+def kernels_for(choices: Mapping[Node, Choice]) -> dict[Node, Kernel]:
+    """The chosen kernels; one that does not apply (on another device) is replaced by the next that does."""
+    kernels: dict[Node, Kernel] = {}
+    for node, choice in choices.items():
+        options = sorted(candidates(node), key=lambda option: option.name != choice.tactic)
+        if choice.tactic == REFERENCE:
+            continue
+        for option in options:
+            kernel = option.make(node)
+            if kernel is not None:
+                kernels[node] = kernel
+                break
+    return kernels
+
+
+def tune(
+    graph: Graph, inputs: Sequence[Any], cache: TimingCache, progress: Callable[[str], None] | None = None
+) -> tuple[dict[Node, Choice], dict[Node, Kernel]]:
+    """The fastest candidate of each node of `graph` (subgraphs keep the first that applies), on these inputs."""
+    choices = choose_first_in_subgraphs(graph)
+    kernels = kernels_for(choices)
+    program = Program(graph, kernels)
+
+    def pick(node: Node, arguments: list[Any]) -> Kernel | None:
+        if not candidates(node):
+            return None
+        choice, kernel = _fastest(node, arguments, cache)
+        choices[node] = choice
+        if kernel is not None:
+            kernels[node] = kernel
+        if progress is not None:
+            progress(f"{node.op} {node.name}: {choice.tactic}")
+        return kernel
+
+    program.trace(inputs, choose=pick)
+    return choices, kernels
+
+
+def choose_first_in_subgraphs(graph: Graph) -> dict[Node, Choice]:
+    choices: dict[Node, Choice] = {}
+    for node in graph.nodes:
+        for subgraph in node.subgraphs:
+            choices |= choose_first(subgraph)
+    return choices
+
+
+def _fastest(node: Node, inputs: list[Any], cache: TimingCache) -> tuple[Choice, Kernel | None]:
+    key = problem_key(node, inputs)
+    known = cache.times.get(key)
+    if known:
+        return _from_cache(node, known)
+    reference, _ = bind(node)
+    expected = reference(*inputs)
+    times: dict[str, float] = {}
+    made: dict[str, Kernel] = {}
+    for option in candidates(node):
+        try:
+            kernel = option.make(node)
+            if kernel is None or not _agrees(kernel(*inputs), expected):
+                continue
+            times[option.name] = _time(kernel, inputs)
+            made[option.name] = kernel
+        except (RuntimeError, ValueError, TypeError):
+            continue  # it does not take this problem
+    times[REFERENCE] = _time(reference, inputs)
+    cache.times[key] = times
+    best = min(times, key=lambda name: times[name])
+    return Choice(best, times), made.get(best)
+
+
+def _from_cache(node: Node, known: dict[str, float]) -> tuple[Choice, Kernel | None]:
+    for name in sorted(known, key=lambda name: known[name]):
+        if name == REFERENCE:
+            return Choice(REFERENCE, known), None
+        for option in candidates(node):
+            kernel = option.make(node) if option.name == name else None
+            if kernel is not None:
+                return Choice(name, known), kernel
+    return Choice(REFERENCE, known), None
+
+
+def _agrees(result: Any, expected: Any) -> bool:
+    """Within what the order of sums may change."""
+    if not isinstance(result, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return False
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return False
+    scale = float(expected.float().abs().max()) if expected.numel() else 1.0
+    return bool(
+        torch.allclose(result.float(), expected.float(), rtol=1e-3, atol=1e-4 * max(scale, 1e-6), equal_nan=True)
+    )
+
+
+def _time(kernel: Kernel, inputs: list[Any]) -> float:
+    """The least of some runs, in milliseconds: what disturbs a run only ever makes it longer."""
+    best = float("inf")
+    deadline = time.perf_counter() + _SECONDS_A_CANDIDATE
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        kernel(*inputs)
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end > deadline:
+            break
+    return best * 1e3
