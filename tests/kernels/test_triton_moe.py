@@ -41,6 +41,15 @@ def test_route(rows: int, hidden: int, num_experts: int, top_k: int, normalize: 
         torch.testing.assert_close(weights, expected_weights)
 
 
+@pytest.mark.parametrize("rows", [1, 20, 300])
+def test_nan_chooses_experts_too(rows: int) -> None:
+    """A row that overflowed must not read beyond the weights."""
+    x = random(rows, 64)
+    x[0] = torch.nan
+    chosen = route(x, random(17, 64, seed=1), 3, True)[1]
+    assert 0 <= int(chosen.min()) <= int(chosen.max()) < 17
+
+
 @pytest.mark.parametrize("row_block", [1, 16])
 @pytest.mark.parametrize(("rows", "num_experts", "top_k"), [(1, 9, 4), (70, 5, 2), (2100, 4, 2), (700, 40, 6)])
 def test_groups(rows: int, num_experts: int, top_k: int, row_block: int) -> None:

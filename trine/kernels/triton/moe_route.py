@@ -28,9 +28,13 @@ def _choose(
     logits, rows, present, weights_ptr, chosen_ptr,
     top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
 ):  # fmt: skip
-    """Write the `top_k` largest of softmax(logits [R, E]) and their columns to rows `rows` of [T, top_k]."""
+    """Write the `top_k` largest of softmax(logits [R, E]) and their columns to rows `rows` of [T, top_k].
+
+    Among equals the first wins: a row of NaNs, which count as zeros, chooses experts that exist.
+    """
     p = tl.exp(logits - tl.max(logits, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
+    p = tl.where(p == p, p, 0.0)
     experts = tl.arange(0, logits.shape[1])
     places = tl.arange(0, choices)
     weights = tl.zeros([logits.shape[0], choices], tl.float32)
