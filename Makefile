@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What decides that an installation is out of date: the metadata, and the native library's sources.
-SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard trine/kernels/cpu/csrc/*)
+SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-fast lint types format proto docs docs-serve bench doctor clean
