@@ -248,33 +248,53 @@ async def test_instances_come_and_go_in_place(tmp_path: Path) -> None:
         assert model.statistics.success.count == 15
 
 
+async def demand(repository: Repository, name: str) -> None:
+    """What a protocol does that is asked for a model."""
+    if repository.wants_load(name):
+        loaded = asyncio.Event()
+        repository.load_then(name, loaded.set)
+        await loaded.wait()
+
+
 async def test_models_are_loaded_on_demand_and_the_least_used_leaves(tmp_path: Path) -> None:
     for number, name in enumerate("abc", 1):
         scaling(tmp_path, name, {"1": float(number)})
+    (write_model(tmp_path, "broken", "") / "1" / "model.onnx").write_bytes(b"nonsense")
     async with serving(tmp_path, control_mode="explicit", max_loaded=2) as repository:
-        assert repository.loads_on_demand
         for name, expected in (("a", 1), ("b", 2), ("a", 1), ("c", 3)):
-            await repository.ensure(name)
+            await demand(repository, name)
             assert await factor(repository, name) == expected
             await asyncio.sleep(0.005)
         assert [repository.is_ready(name) for name in "abc"] == [True, False, True]
-        await asyncio.gather(*(repository.ensure("b") for _ in range(5)))
+        await asyncio.gather(*(demand(repository, "b") for _ in range(5)))
         assert await factor(repository, "b") == 2
         assert [repository.is_ready(name) for name in "abc"] == [False, True, True]
-        await repository.ensure("none")
-        with pytest.raises(ServerError, match="'none' is not found"):
-            repository.model("none")
+        await demand(repository, "broken")
+        assert not repository.wants_load("broken")  # for a while: whoever asks gets the error
+        assert not repository.wants_load("none")
+        with pytest.raises(ServerError, match="'broken' has no available versions"):
+            repository.model("broken")
 
 
 async def test_a_busy_model_is_not_evicted(tmp_path: Path) -> None:
     slow(tmp_path, "busy", 'parameters { key: "delay_ms" value { string_value: "80" } }')
     scaling(tmp_path, "a", {"1": 1.0})
     async with serving(tmp_path, control_mode="explicit", max_loaded=1) as repository:
-        await repository.ensure("busy")
+        await demand(repository, "busy")
         running = start(repository, "busy", {"IN": row(5)})
-        await repository.ensure("a")
+        await demand(repository, "a")
         assert repository.is_ready("busy")
         assert (await running)[0].outputs[0].array.item() == 5
+
+
+async def test_the_first_of_two_with_the_same_name_is_served_where_that_is_allowed(tmp_path: Path) -> None:
+    for number, folder in enumerate(("one", "two"), 1):
+        scaling(tmp_path / folder, "both", {"1": float(number)})
+    directories = (str(tmp_path / "one"), str(tmp_path / "two"))
+    repository = Repository(RepositorySettings(directories, namespacing=True))
+    await repository.start()
+    assert await factor(repository, "both") == 1
+    await repository.close(1.0)
 
 
 async def test_the_same_name_in_two_repositories_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trine.core.errors import TrineError
@@ -28,6 +29,10 @@ def infer(api: GrpcApi, stream: Stream, message: Buffer) -> None:
     """ModelInfer: one message, one answer."""
     try:
         plan, raws = api.decoder.decode(message)
+        if api.repository.wants_load(plan.model_name):
+            kept = bytes(message)
+            api.repository.load_then(plan.model_name, lambda: infer(api, stream, kept))
+            return
         model = api.repository.model(plan.model_name, plan.model_version)
         if model.decoupled:
             raise ServerError(
@@ -97,6 +102,7 @@ class StreamSession:
         self._open: set[StreamCall] = set()
         self._order: deque[StreamCall] = deque()
         self._half_closed = False
+        self._loading = 0  # messages whose model is being loaded
         stream.on_message = self.message
         stream.on_half_close = self.half_close
         stream.on_cancel = self.cancel
@@ -105,9 +111,20 @@ class StreamSession:
 
     def message(self, message: Buffer) -> None:
         self.stream.connection.consume(self.stream, len(message) + 5)
+        self._take(message)
+
+    def _take_loaded(self, message: Buffer) -> None:
+        self._loading -= 1
+        self._take(message)
+
+    def _take(self, message: Buffer) -> None:
         plan: Plan | None = None
         try:
             plan, raws = self.api.decoder.decode(message)
+            if self.api.repository.wants_load(plan.model_name):
+                self._loading += 1
+                self.api.repository.load_then(plan.model_name, partial(self._take_loaded, bytes(message)))
+                return
             model = self.api.repository.model(plan.model_name, plan.model_version)
             call = StreamCall(self, plan, model)
             request = call.request = plan.request(tensors_of(plan, raws, self.api.memory), call.respond)
@@ -168,7 +185,7 @@ class StreamSession:
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        if self._half_closed and not self._open and not self._order:
+        if self._half_closed and not self._loading and not self._open and not self._order:
             self.stream.finish()
 
 

@@ -35,6 +35,7 @@ API_GROUPS = (
     "trace",
     "logging",
 )
+_OF_MODELS = ("inference", "metadata", "model-config")  # what loads a model on demand
 _CONTEXT = (b"traceparent", KEY_HEADER.encode(), VERSION_HEADER.encode())
 _MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"
 _REGION = r"(?:/region/(?P<model>[^/]+))?"
@@ -150,6 +151,9 @@ class HttpApi:
                 return
             if self.restricted:
                 self._check_allowed(route.group, exchange)
+            if route.model and route.group in _OF_MODELS and self.repository.wants_load(route.model):
+                self.repository.load_then(route.model, lambda: self(exchange))
+                return
             waiting = endpoint(self, exchange, route.model, route.version)
             if waiting is not None:
                 task = asyncio.ensure_future(self._finish(waiting, exchange))

@@ -49,6 +49,7 @@ from trine.server.warmup import rehearse
 
 logger = logging.getLogger("trine.server")
 
+_FAILED_SECONDS = 1.0  # a model that could not be loaded on demand is not tried again for so long
 _LONGEST_BREATH = 0.05  # seconds between two swaps at most
 _SWITCH_INTERVAL = 0.00005  # seconds a thread may keep the interpreter while another waits for it
 
@@ -73,6 +74,8 @@ class Repository:
         self._known: set[str] = set()
         self._watcher: Watcher | None = None
         self._rested_at = 0.0
+        self._awaited: dict[str, list[Callable[[], None]]] = {}
+        self._failed_until: dict[str, float] = {}
         self.cache: ResponseCache | None = make_cache(self.settings.cache_size, self.settings.cache_url)
 
     # Looking up
@@ -166,13 +169,15 @@ class Repository:
         self._attach(asyncio.get_running_loop())
         self.live = True
         if settings.control_mode == "poll":
-            self._watcher = Watcher(self._sources, settings.poll_seconds, self._follow)
+            self._watcher = Watcher(
+                self._sources, settings.poll_seconds, self._follow, namespacing=settings.namespacing
+            )
             await self._watcher.remember(self._threads)
         folders, twice = await self._in_thread(self._sources.folders)
         self._known = set(folders)
         chosen = self._chosen_at_start(folders)
-        failures = self._refuse_duplicates(twice) if not settings.namespacing else []
-        wanted = {name: folder for name, folder in folders.items() if name in chosen and name not in twice}
+        failures = self._refuse_duplicates(twice)
+        wanted = {name: folder for name, folder in folders.items() if name in chosen and name not in self._entries}
         failures += [f"{name}: there is no folder of this name" for name in chosen if name not in folders]
         failures += await self._load_all(wanted, folders)
         for name in wanted:
@@ -200,6 +205,9 @@ class Repository:
     def _refuse_duplicates(self, twice: Mapping[str, list[str]]) -> list[str]:
         failures = []
         for name, repositories in twice.items():
+            if self.settings.namespacing:
+                logger.warning("model %s is in %s: the first is served", name, " and ".join(repositories))
+                continue
             reason = f"the model is in more than one repository: {', '.join(repositories)}; keep one of them"
             self._entries[name] = ModelEntry(name, {"": VersionEntry(UNAVAILABLE, reason)})
             failures.append(f"{name}: {reason}")
@@ -510,26 +518,38 @@ class Repository:
         for failure in await self._load_all(changed):
             logger.error("still served as before, where it was: %s", failure)
 
-    @property
-    def loads_on_demand(self) -> bool:
-        """Whether models are loaded when they are asked for: `await ensure(name)`, then `model(name)`."""
-        return self.settings.max_loaded > 0
-
-    async def ensure(self, name: str) -> None:
-        """Load a model that is asked for, if it can be. Nothing happens to one that is served."""
+    def wants_load(self, name: str) -> bool:
+        """Whether a model that is asked for has to be loaded first: then `load_then` is to be called."""
+        if not self.settings.max_loaded or name not in self._known:
+            return False
         entry = self._entries.get(name)
-        if not self.loads_on_demand or (entry is not None and entry.newest is not None):
+        return (entry is None or entry.newest is None) and monotonic() > self._failed_until.get(name, 0.0)
+
+    def load_then(self, name: str, again: Callable[[], None]) -> None:
+        """Load a model that is asked for, then call `again`, whether it could be loaded or not."""
+        waiting = self._awaited.setdefault(name, [])
+        waiting.append(again)
+        if len(waiting) > 1:
             return
-        folders, _ = await self._in_thread(self._sources.folders)
-        if name in folders:
+
+        async def load() -> None:
             try:
-                await self._load_with_members(folders[name], folders)
+                folders, _ = await self._in_thread(self._sources.folders)
+                if name in folders:
+                    await self._load_with_members(folders[name], folders)
             except TrineError as error:
-                raise ServerError(f"failed to load '{name}', {error.message}", Code.UNAVAILABLE) from error
+                logger.error("model %s can't be loaded on demand: %s", name, error.message)
+                self._failed_until[name] = monotonic() + _FAILED_SECONDS
+            for retry in self._awaited.pop(name):
+                retry()
+
+        task = asyncio.create_task(load())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def _evict(self, keep: str) -> None:
         """Unload the models that were used least recently, those with requests aside, until `max_loaded` are left."""
-        if not self.loads_on_demand:
+        if not self.settings.max_loaded:
             return
         served = [entry for entry in self._entries.values() if entry.newest is not None]
         surplus = len(served) - self.settings.max_loaded
@@ -547,8 +567,7 @@ class Repository:
 
     def traffic(self, name: str) -> TrafficSplit | None:
         """How requests that name no version are spread over a model's versions; None: all go to the newest."""
-        entry = self._entry(name)
-        return entry.traffic
+        return self._entry(name).traffic
 
     def set_traffic(self, name: str, split: TrafficSplit | None) -> None:
         """Spread requests that name no version. ServerError where a version is not served."""

@@ -22,7 +22,7 @@ class RepositorySettings:
     load_retries         further attempts at a model whose load fails
     auto_complete        fill configurations from model files
     config_name          configs/<name>.pbtxt is preferred
-    namespacing          the same model name may occur in several folders
+    namespacing          a model name may occur in several folders: the first one's is served
     backend_settings     by back end ("" for all): `--backend-config=onnxruntime,key=value`
     max_loaded           load on demand, unloading the model unused for longest beyond so many; 0: off
     cache_size           bytes of the local response cache; 0: none

@@ -26,10 +26,11 @@ Look = tuple[dict[str, ModelFolder], dict[str, tuple[Signature, ...]]]
 class Watcher:
     """Calls `follow(changed, gone, known)` with the folders that changed, and the names that are gone and there."""
 
-    def __init__(self, sources: Sources, seconds: float, follow: Follow) -> None:
+    def __init__(self, sources: Sources, seconds: float, follow: Follow, *, namespacing: bool = False) -> None:
         self._sources = sources
         self._seconds = seconds
         self._follow = follow
+        self._namespacing = namespacing
         self._seen: dict[str, tuple[Signature, ...]] = {}
         self._task: asyncio.Task[None] | None = None
         self._threads: Executor | None = None
@@ -80,5 +81,6 @@ class Watcher:
 
     def _read(self) -> Look:
         folders, twice = self._sources.folders()
-        single = {name: folder for name, folder in folders.items() if name not in twice}
-        return single, {name: folder.whole_signature() for name, folder in single.items()}
+        if not self._namespacing:
+            folders = {name: folder for name, folder in folders.items() if name not in twice}
+        return folders, {name: folder.whole_signature() for name, folder in folders.items()}
