@@ -3,9 +3,9 @@
     python bench/soak_serving.py --connections 2000 --minutes 10
 
 Connections send JSON and binary requests, streams and raw bytes over HTTP; some hang up in the middle of a request or
-of its answer; gRPC calls run beside them, some called off. At the end the server's own counts must add up: requests that
-models accepted = answered + failed or cancelled, none pending; and its memory after the first fifth of the time is
-compared with that at the end.
+of its answer; gRPC calls run beside them, some called off. At the end the server's own counts must add up: requests
+that models accepted = answered + failed or cancelled, none pending; and its memory after the first fifth of the time
+is compared with that at the end.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import trine
 from trine.core.errors import ConfigurationError
-from trine.server.grpc.connection import GrpcServer
+from trine.server.grpc.server import GrpcServer
 from trine.server.grpc.service import GrpcApi
 from trine.server.http.api import HttpApi
 from trine.server.http.asgi import AsgiApplication

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from trine.server.grpc import frames, status
 from trine.server.grpc.frames import (
@@ -26,14 +26,17 @@ from trine.server.grpc.frames import (
     frame,
     unpack_header,
 )
-from trine.server.grpc.heads import MAX_HEADER_LIST, HeadReader, RequestHead
+from trine.server.grpc.heads import MAX_HEADER_LIST, HeadReader
 from trine.server.grpc.stream import Buffer, CallError, Method, Stream
+
+if TYPE_CHECKING:
+    from trine.server.grpc.server import GrpcServer
 
 logger = logging.getLogger("trine.server.grpc")
 
-_SCRATCH = 256 << 10
 _WINDOW_STEP = 1 << 29
 _JOIN_BELOW = 64 << 10
+_LINGER = 1.0  # seconds in which a client may read why it is refused
 _MAX_UNANSWERED = 10_000  # control frames that a client may make us answer while it does not read
 _SETTINGS = frames.settings(
     {
@@ -47,59 +50,6 @@ _ACK = frame(frames.SETTINGS, frames.ACK, 0, b"")
 _RESPONSE_FLAGS = END_HEADERS
 _TRAILER_FLAGS = END_HEADERS | END_STREAM
 _pack_frame = frames.header
-
-
-class GrpcServer:
-    """What the connections share.
-
-    methods      by path
-    max_message  bytes of the largest message that is taken
-    compression  zlib's level for answers to clients that accept it; 0: none
-    allow        raises CallError for a call that its metadata does not open
-    """
-
-    def __init__(
-        self,
-        methods: Mapping[str, Method],
-        *,
-        max_message: int = 2**31 - 1,
-        compression: int = 0,
-        allow: Callable[[str, Mapping[str, str]], None] | None = None,
-        max_age: float | None = None,
-        age_grace: float = 5.0,
-        keepalive: float = 7200.0,
-        keepalive_timeout: float = 20.0,
-    ) -> None:
-        self.methods = dict(methods)
-        self.max_message = max_message
-        self.compression = compression
-        self.allow = allow
-        self.max_age = max_age
-        self.age_grace = age_grace
-        self.keepalive = keepalive
-        self.keepalive_timeout = keepalive_timeout
-        self.connections: set[GrpcConnection] = set()
-        self.scratch = memoryview(bytearray(_SCRATCH))
-        self._servers: list[asyncio.Server] = []
-
-    async def listen(self, **arguments: Any) -> asyncio.Server:
-        """Accept connections; the arguments are those of the loop's `create_server` (sock, host and port, ssl)."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: GrpcConnection(self), **arguments)
-        self._servers.append(server)
-        return server
-
-    async def close(self, timeout: float) -> None:
-        """Take no new calls, let running ones finish for up to `timeout` seconds."""
-        for server in self._servers:
-            server.close()
-        for connection in list(self.connections):
-            connection.drain()
-        deadline = asyncio.get_running_loop().time() + timeout
-        while self.connections and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.01)
-        for connection in list(self.connections):
-            connection.transport.abort()
 
 
 class GrpcConnection(asyncio.BufferedProtocol):
@@ -132,7 +82,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._paused = False
         self._unanswered = 0
         self._loop = asyncio.get_running_loop()
-        self._timers: list[asyncio.TimerHandle] = []
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._heard = self._loop.time()
         self._asked = 0.0
 
@@ -143,11 +93,11 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self.server.connections.add(self)
         self.send(_SETTINGS)
         if self.server.max_age is not None:
-            self._timers.append(self._loop.call_later(self.server.max_age, self._too_old))
-        self._timers.append(self._loop.call_later(self.server.keepalive, self._keep_alive))
+            self._timers["age"] = self._loop.call_later(self.server.max_age, self._too_old)
+        self._timers["keepalive"] = self._loop.call_later(self.server.keepalive, self._keep_alive)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._data_left and self._data_stream is not None:
+        if self._data_left and not self._closing and self._data_stream is not None:
             room = self._data_stream.room(self._data_left)
             if room is not None:
                 self._direct = True
@@ -156,6 +106,8 @@ class GrpcConnection(asyncio.BufferedProtocol):
         return self.server.scratch
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._closing:
+            return
         self._reading = True
         self._heard = self._loop.time()
         try:
@@ -175,7 +127,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
         self.server.connections.discard(self)
-        for timer in self._timers:
+        for timer in self._timers.values():
             timer.cancel()
         streams, self.streams = list(self.streams.values()), {}
         self._blocked.clear()
@@ -573,7 +525,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
             if room <= 0:
                 self._blocked[stream.id] = stream
                 return
-            pieces, size = self._cut(queue, room)
+            pieces, size = frames.cut(queue, room)
             stream.window -= size
             self._window -= size
             self.send(frames.header(size, DATA, 0, stream.id))
@@ -584,22 +536,6 @@ class GrpcConnection(asyncio.BufferedProtocol):
         if stream.trailers:
             trailers, stream.trailers = stream.trailers, b""
             self.send_trailers(stream, trailers)
-
-    @staticmethod
-    def _cut(queue: deque[Buffer], room: int) -> tuple[list[Buffer], int]:
-        """Up to `room` bytes from the front; nothing is copied."""
-        pieces: list[Buffer] = []
-        size = 0
-        while queue and size < room:
-            part = queue.popleft()
-            take = min(len(part), room - size)
-            if take < len(part):
-                view = memoryview(part)
-                queue.appendleft(view[take:])
-                part = view[:take]
-            pieces.append(part)
-            size += take
-        return pieces, size
 
     def _resume(self) -> None:
         for stream in list(self._blocked.values()):
@@ -619,7 +555,11 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._out.clear()
         self._closing = True
         self._pending = b""
-        self.transport.close()
+        if self.transport.can_write_eof():  # what the client still sends must not make it lose the reason
+            self.transport.write_eof()
+            self._timers["linger"] = self._loop.call_later(_LINGER, self.transport.close)
+        else:
+            self.transport.close()
 
     def drain(self) -> None:
         """Take no new calls; close when the last one has been answered."""
@@ -633,7 +573,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
 
     def _too_old(self) -> None:
         self.drain()
-        self._timers.append(self._loop.call_later(self.server.age_grace, self.transport.abort))
+        self._timers["age"] = self._loop.call_later(self.server.age_grace, self.transport.abort)
 
     def _keep_alive(self) -> None:
         """Ask a silent client whether it is still there."""
@@ -648,7 +588,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
             self._asked = now
             self.send(frame(frames.PING, 0, 0, b"trine\0\0\0"))
             wait = self.server.keepalive_timeout
-        self._timers = [*self._timers[:1], self._loop.call_later(wait, self._keep_alive)]
+        self._timers["keepalive"] = self._loop.call_later(wait, self._keep_alive)
 
 
 _Control = Callable[[GrpcConnection, int, int, bytes], None]
@@ -661,4 +601,3 @@ _CONTROL: dict[int, _Control] = {
     CONTINUATION: GrpcConnection._continuation,
 }
 _UNKNOWN = Method()
-__all__ = ["GrpcConnection", "GrpcServer", "RequestHead"]

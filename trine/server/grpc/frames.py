@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEADER_SIZE = 9
@@ -110,3 +111,19 @@ def percent_encoded(message: str) -> str:
         for byte in message.encode("utf-8", "replace")[:_MESSAGE_LIMIT]
     )
     return encoded[:_MESSAGE_LIMIT].rsplit("%", 1)[0] if len(encoded) > _MESSAGE_LIMIT else encoded
+
+
+def cut(queue: deque[bytes | memoryview], room: int) -> tuple[list[bytes | memoryview], int]:
+    """Up to `room` bytes from the front; nothing is copied."""
+    pieces: list[bytes | memoryview] = []
+    size = 0
+    while queue and size < room:
+        part = queue.popleft()
+        take = min(len(part), room - size)
+        if take < len(part):
+            view = memoryview(part)
+            queue.appendleft(view[take:])
+            part = view[:take]
+        pieces.append(part)
+        size += take
+    return pieces, size
