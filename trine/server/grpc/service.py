@@ -106,6 +106,10 @@ class GrpcApi:
         def call(stream: Stream, data: Buffer) -> None:
             try:
                 request = request_type.FromString(bytes(data))
+                if handler in _OF_MODELS and self.repository.wants_load(request.name):
+                    kept = bytes(data)
+                    self.repository.load_then(request.name, lambda: call(stream, kept))
+                    return
                 answer = handler(self, request)
                 if isinstance(answer, Awaitable):
                     self._later(stream, answer)
@@ -194,6 +198,10 @@ def _model_metadata(api: GrpcApi, request: Any) -> Any:
 
 def _model_config(api: GrpcApi, request: Any) -> Any:
     return pb.ModelConfigResponse(config=api.repository.model(request.name, request.version).config)
+
+
+_OF_MODELS = (_model_metadata, _model_config)
+"""Besides inference, what loads a model on demand."""
 
 
 def _model_statistics(api: GrpcApi, request: Any) -> Any:
