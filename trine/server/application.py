@@ -107,6 +107,7 @@ class Edges:
         }
         page = MetricsPage(repository, settings.metrics)
         self.exposition = page.render
+        self.more_metrics: Callable[[], bytes] = lambda: b""
         self.http = HttpApi(
             repository,
             **shared,
@@ -143,13 +144,13 @@ class Edges:
         self.grpc_server.allow = check
 
     def metrics_page(self, exchange: Exchange) -> None:
-        """A handler for the metrics port."""
+        """A handler for the metrics port: everything there is."""
         if exchange.path not in ("/metrics", "/v2/metrics"):
             exchange.respond(404, parts=(b'{"error":"Not Found"}',))
         elif exchange.method not in ("GET", "HEAD"):
             exchange.respond(405, parts=(b'{"error":"Method Not Allowed"}',))
         else:
-            exchange.respond(200, METRICS_TYPE, (self.exposition(),))
+            exchange.respond(200, METRICS_TYPE, (self.exposition(), self.more_metrics()))
 
     def metrics_server(self) -> HttpServer:
         return HttpServer(AsgiApplication(self.metrics_page, max_body=1 << 16))
@@ -204,6 +205,9 @@ class Guest(Protocol):
     def summary(self, server: Server) -> str:
         """What to print when everything is ready."""
 
+    def metrics(self) -> bytes:
+        """Metrics of its own, for the metrics port: Prometheus' text."""
+
 
 class Server:
     """A repository served. `serve` runs until a signal; a test calls `start` and `close`."""
@@ -213,6 +217,8 @@ class Server:
         self.settings = settings
         self.guest = guest
         self.edges = Edges(repository, settings)
+        if guest is not None:
+            self.edges.more_metrics = guest.metrics
         self.ports: dict[str, int] = {}
         self._sockets: dict[str, socket.socket] = {}
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []

@@ -150,3 +150,6 @@ class ServiceGuest:
 
     def summary(self, server: Server) -> str:
         return self._describe(server)
+
+    def metrics(self) -> bytes:
+        return self._app.service.metrics.registry.exposition()
