@@ -89,7 +89,7 @@ def main() -> int:
     names = ("trine", *args.peer)
     infos: dict[str, dict[str, Any]] = {}
     runs: dict[str, dict[str, Runs]] = {name: {} for name in args.workload}
-    rows: list[dict[str, Any]] = []
+    right = True
     for group in [(name,) for name in names] if args.apart else [names]:
         engines = dict(start_engines(args, model, group))
         infos |= {name: engine.info for name, engine in engines.items()}
@@ -97,16 +97,22 @@ def main() -> int:
             for workload in args.workload:
                 runs[workload] |= measure(workload, args, model, engines)
                 if group[-1] == names[-1]:
-                    rows += report(workload, args, model, limits, infos, runs[workload])
+                    rows = report(workload, args, model, limits, infos, runs[workload])
+                    right = right and not any(row["faults"] for row in rows)
+                    keep(args.json, rows)
             if args.load:
-                rows += run_load(args, model, engines)
+                keep(args.json, run_load(args, model, engines))
         finally:
             for engine in engines.values():
                 engine.close()
-    if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return 0 if all(not row["faults"] for row in rows) else 1
+    return 0 if right else 1
+
+
+def keep(file: str | None, rows: list[dict[str, Any]]) -> None:
+    """Append rows to the JSON lines as soon as they are known: the next workload may be stopped half-way."""
+    if file:
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def parse_arguments() -> argparse.Namespace:

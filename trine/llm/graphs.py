@@ -23,7 +23,7 @@ from trine.llm.models.base import CausalLM
 from trine.llm.sampling.upload import PinnedRing
 
 MAX_ROWS = 512
-CAPTURE_AT = 2  # the use of a size at which it is captured
+CAPTURE_AT = 4  # the use of a size at which it is captured: sizes that a batch only passes through are not worth it
 
 
 def graph_sizes(max_rows: int) -> list[int]:
