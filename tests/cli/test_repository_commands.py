@@ -63,6 +63,7 @@ def test_what_is_explained_reads_well() -> None:
         "version": "1",
         "received": 0,
         "rows": 1,
+        "computed": True,
         "waited_us": 1500.0,
         "waited_for": "the batch was full",
         "batch_requests": 3,
@@ -78,3 +79,5 @@ def test_what_is_explained_reads_well() -> None:
     for part in ("1.5 ms  the batch was full", "900 µs  with 2 other requests: 4 rows, 1 its own, on m_0", "2.5 s"):
         assert part in text
     assert duration(7) == "7 µs"
+    refused = {**entry, "computed": False, "error": "Exceeds maximum queue size"}
+    assert "1.5 ms  and was not computed: Exceeds maximum queue size" in "\n".join(lines(refused))

@@ -47,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
 def lines(entry: dict[str, Any]) -> list[str]:
     """One request, for people."""
     clock = time.strftime("%H:%M:%S", time.localtime(entry["received"]))
+    if not entry["computed"]:
+        return [
+            f"{styled(entry['request_id'], 'bold')}  {entry['model']} version {entry['version']}, received {clock}",
+            f"  waited    {duration(entry['waited_us']):>10}  and was not computed: {entry['error']}",
+        ]
     others = entry["batch_requests"] - 1
     company = "alone" if not others else f"with {others} other request{'s' if others > 1 else ''}"
     told = [

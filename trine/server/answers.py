@@ -158,6 +158,7 @@ class Answers:
     def reject(self, request: InferRequest, error: ServerError, reason: str = REJECTED) -> None:
         """Answer a request that waited and is not going to be computed."""
         self.statistics.pending -= 1
+        self.journal.refused(self.name, self.version, request, error.message)
         self._fail(request, error, reason)
 
     def drop_cancelled(self, request: InferRequest) -> None:

@@ -32,6 +32,7 @@ _INLINE_NS = 200_000  # computations that take less than this run in the event l
 _TOO_LONG_NS = 1_000_000  # if more than one in nine takes this long there, the next _PROBATION go to a thread
 _TOO_LONG_WEIGHT, _TOO_LONG_LIMIT = 8, 24
 _PROBATION = 256
+_JOIN_SECONDS = 30  # an instance that is closed may go on computing for so long
 _SHORT_NS = 20_000_000  # batches wait at one asynchronous instance only if it computes in less
 _FIRST_IN_THREAD = 4  # the first executions allocate and tune: they don't count
 
@@ -195,7 +196,10 @@ class Worker:
     def _close(self) -> None:
         if self._thread is not None:
             self._inbox.put(None)
-            self._thread.join()
+            self._thread.join(_JOIN_SECONDS)
+            if self._thread.is_alive():
+                logger.error("instance %s still computes after %d s: it is left to itself", self.name, _JOIN_SECONDS)
+                return
         self.instance.close()
 
 

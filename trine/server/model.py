@@ -147,12 +147,14 @@ class ServedModel:
         """Take a request: ServerError where it is refused at once, else `request.respond` gets its responses."""
         if self._detour and self._sent_elsewhere(request):
             return
-        self._check(request)
-        request.queued_ns = monotonic_ns()
         try:
+            self._check(request)
+            request.queued_ns = monotonic_ns()
             self._enqueue(request)
-        except ServerError:
-            self.statistics.failed(monotonic_ns() - request.received_ns, REJECTED)
+        except ServerError as error:
+            if error.error_code is Code.UNAVAILABLE:  # the queue is full; what does not fit the model is not counted
+                self.statistics.failed(monotonic_ns() - request.received_ns, REJECTED)
+            self._surroundings.journal.refused(self.name, self.version, request, error.message)
             raise
 
     def _sent_elsewhere(self, request: InferRequest) -> bool:

@@ -81,6 +81,7 @@ class InferRequest:
         "priority",
         "queued_ns",
         "received_ns",
+        "reschedule",
         "respond",
         "responses",
         "responses_ns",
@@ -129,6 +130,8 @@ class InferRequest:
         self.responses_ns = 0  # when the last of them was
         self.expires_ns = 0  # when the queue's policy gives up on it; 0: never
         self.signature: object = None  # requests of one batch have equal ones: the shapes that vary
+        self.reschedule: Callable[[], None] | None = None
+        """Where a model may ask for a further turn (iterative_sequence): to be called before its batch is over."""
         self.on_cancel: Callable[[], None] | None = None  # set by whoever holds the request now
         self.batch_size = 1
         self.trace: Any = None

@@ -124,8 +124,8 @@ async def test_an_expired_request_may_be_delayed_instead(tmp_path: Path) -> None
     slow(
         tmp_path,
         "m",
-        """dynamic_batching { default_queue_policy { timeout_action: DELAY default_timeout_microseconds: 10000 } }
-        parameters { key: "delay_ms" value { string_value: "40" } }""",
+        """dynamic_batching { default_queue_policy { timeout_action: DELAY default_timeout_microseconds: 150000 } }
+        parameters { key: "delay_ms" value { string_value: "300" } }""",
         max_batch_size=1,
     )
     backend = SleepingBackend()
@@ -133,7 +133,7 @@ async def test_an_expired_request_may_be_delayed_instead(tmp_path: Path) -> None
         first = start(repository, "m", {"IN": row(0)})
         await asyncio.sleep(0.005)
         old = start(repository, "m", {"IN": row(1)})
-        await asyncio.sleep(0.025)
+        await asyncio.sleep(0.2)
         young = start(repository, "m", {"IN": row(2)})
         await asyncio.gather(first, old, young)
         assert [values for _, values in backend.batches] == [[0.0], [2.0], [1.0]]
@@ -231,3 +231,8 @@ async def test_what_is_explained_of_a_request(tmp_path: Path) -> None:
         assert entry["model"] == "m"
         assert 20_000 < entry["waited_us"] < 10_000_000  # type: ignore[operator]
         assert repository.explain("first")[0]["batch_requests"] == 1
+        with pytest.raises(ServerError):
+            start(repository, "m", {"WRONG": row(0)}, id="refused")
+        refused = repository.explain("refused")[0]
+        assert refused["computed"] is False
+        assert "WRONG" in str(refused["error"])

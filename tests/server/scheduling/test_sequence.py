@@ -247,3 +247,49 @@ async def test_plain_requests_reach_models_beside(tmp_path: Path) -> None:
     async with serving(tmp_path) as repository:
         answer = await infer(repository, "plain", {"IN": np.int32([1, 2])})
         assert answer["OUT"].tolist() == [1, 2]
+
+
+COUNTDOWN = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.left = {}
+
+    def execute(self, requests):
+        for request in requests:
+            start = pb_utils.get_input_tensor_by_name(request, "START").as_numpy().item()
+            key = request.correlation_id()
+            if start:
+                self.left[key] = int(pb_utils.get_input_tensor_by_name(request, "IN").as_numpy().item())
+            sender = request.get_response_sender()
+            left = self.left[key]
+            if left:
+                self.left[key] = left - 1
+                request.set_release_flags(pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE)
+                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("OUT", np.float32([[left]]))]))
+            else:
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return None
+"""
+
+
+async def test_an_iterative_request_takes_as_many_turns_as_its_model_wants(tmp_path: Path) -> None:
+    folder = write_model(
+        tmp_path,
+        "countdown",
+        """backend: "python" max_batch_size: 4 model_transaction_policy { decoupled: true }
+        input [{ name: "IN" data_type: TYPE_FP32 dims: [1] }] output [{ name: "OUT" data_type: TYPE_FP32 dims: [1] }]
+        sequence_batching { iterative_sequence: true oldest { max_candidate_sequences: 4 }
+          control_input [{ name: "START" control [{ kind: CONTROL_SEQUENCE_START int32_false_true: [0, 1] }] }] }""",
+    )
+    (folder / "1" / "model.py").write_text(COUNTDOWN)
+    async with serving(tmp_path) as repository:
+        requests = [start(repository, "countdown", {"IN": np.float32([[turns]])}) for turns in (3, 1, 2, 0, 4)]
+        answers = [
+            [response.outputs[0].array.item() for response in await future if response.outputs] for future in requests
+        ]
+        assert answers == [[3, 2, 1], [1], [2, 1], [], [4, 3, 2, 1]]
+        model = repository.model("countdown")
+        assert (model.busy, model.statistics.pending, model.statistics.success.count) == (False, 0, 5)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
+from itertools import count
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
@@ -97,6 +99,10 @@ class SequenceScheduler:
         self._backlog: deque[Sequence] = deque()
         self._ghosts: set[Sequence] = set()
         """Sequences whose END has come but is not computed yet: their id may start anew."""
+        self._iterative: bool = batching.iterative_sequence
+        self._own_ids = count(1)
+        self._again: set[int] = set()
+        """Requests, by id(), whose model has asked for a further turn."""
         self._pump_soon = False
         self._reaper: asyncio.TimerHandle | None = None
         self.predecessor: SequenceScheduler | None = None
@@ -123,6 +129,8 @@ class SequenceScheduler:
 
     def enqueue(self, request: InferRequest) -> None:
         """Take a request into its sequence. ServerError: not part of a sequence, or of one that has not started."""
+        if self._iterative:
+            self._make_sequence(request)
         key = request.sequence_id
         if request.batch_size > 1:
             raise ServerError(
@@ -158,6 +166,17 @@ class SequenceScheduler:
             self._ghosts.add(sequence)
         self._watch()
         self._wake()
+
+    def _make_sequence(self, request: InferRequest) -> None:
+        """iterative_sequence: each request is a sequence of its own, however many turns it takes."""
+        request.sequence_start = request.sequence_end = True
+        if not request.sequence_id or request.sequence_id in self._sequences:
+            request.sequence_id = f"{next(self._own_ids)}" if self._id_is_text else next(self._own_ids)
+        request.reschedule = partial(self._again.add, id(request))
+
+    @property
+    def _id_is_text(self) -> bool:
+        return self._controls.correlation is not None and self._controls.correlation[1] == "BYTES"
 
     def _check_id(self, request: InferRequest) -> None:
         if self._controls.correlation is None:
@@ -344,11 +363,23 @@ class SequenceScheduler:
         self._answers.finish(batch)
         now = monotonic_ns()
         for sequence in ran:
+            if sequence.running is not None and id(sequence.running) in self._again:
+                self._put_back(sequence, sequence.running)
             sequence.running = None
             sequence.last_ns = now
             if sequence.ending and not sequence.waiting:
                 self._leave(sequence)
         self._wake()
+
+    def _put_back(self, sequence: Sequence, request: InferRequest) -> None:
+        """The model wants another turn with this request."""
+        self._again.discard(id(request))
+        if request.done:
+            return
+        request.sequence_start = False
+        request.queued_ns = monotonic_ns()
+        self._answers.statistics.pending += 1
+        sequence.waiting.appendleft(request)
 
     # Time
 
