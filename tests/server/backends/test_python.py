@@ -56,12 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add(place, "caller", "caller", WHAT)
     add(place, "meter", "meter", METER)
     add(place, "later", "counter", NUMBER + DECOUPLED)
+    iterative = "max_batch_size: 4 sequence_batching { iterative_sequence: true }"
+    add(place, "countdown", "countdown", NUMBER + iterative)
+    add(place, "countdown_decoupled", "countdown", NUMBER + iterative + DECOUPLED)
     return place
 
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
-    names = ("arithmetic", "echo", "counter", "coroutine", "caller", "meter")
+    names = ("arithmetic", "echo", "counter", "coroutine", "caller", "meter", "countdown", "countdown_decoupled")
     with Served(folder, control_mode="explicit", load_models=names) as repository:
         yield repository
 
@@ -241,6 +244,21 @@ def test_cancellation_reaches_the_model(served: Served) -> None:
     assert "cancelled at" in str(error)
 
 
+# --- iterative sequences ----------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_executed_until_it_has_its_answer(served: Served) -> None:
+    asked = [served.submit("countdown", {"N": np.array([[count]], np.int32)}) for count in (1, 3, 6)]
+    for one in asked:
+        served.run(one.finished)
+        assert [arrays(response)["VALUE"].tolist() for response in one.responses] == [[[0]]]
+
+
+def test_a_rescheduled_request_may_answer_each_time(served: Served) -> None:
+    responses = served.responses("countdown_decoupled", {"N": np.array([[4]], np.int32)})
+    assert [int(arrays(response)["VALUE"][0, 0]) for response in responses] == [3, 2, 1, 0]
+
+
 # --- calls of other models --------------------------------------------------------------------------------------------
 
 
@@ -304,10 +322,12 @@ def test_readiness_is_the_models_word(served: Served, folder: Path) -> None:
     (worker,) = served.repository.model("meter").pool.workers
     instance: Any = worker.instance
     assert served.run(instance.is_ready())
+    assert served.run(served.repository.ask_ready("meter"))
     flag = folder / "meter" / "not_ready"
     flag.touch()
     try:
         assert not served.run(instance.is_ready())
+        assert not served.run(served.repository.ask_ready("meter"))
     finally:
         flag.unlink()
     (worker,) = served.repository.model("coroutine").pool.workers
