@@ -29,13 +29,14 @@ import gpu_engine
 import torch
 from gpu_report import Report
 
-from trine.kernels import reference
+from trine.kernels import ops, reference
 from trine.kernels import triton as kernels
 from trine.kernels.triton import sampling
 from trine.kernels.triton.decode_attention import DecodeTuning, decode_attention
 from trine.kernels.triton.prefill_attention import PrefillTuning, prefill_attention
 from trine.kernels.triton.small_linear import MAX_ROWS, small_linear
 from trine.llm.batch import Batch
+from trine.llm.sampling import distribution
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of ‖out − ref‖ / ‖ref‖
@@ -122,11 +123,27 @@ def check_elementwise(chooser: random.Random, dtype: torch.dtype) -> Iterator[Ch
     yield compare("gelu tanh", kernels.gelu(x, "tanh"), reference.gelu(x, "tanh"))
     logits = randn(rows, size * 7, dtype=torch.float32)
     yield compare("argmax", sampling.argmax(logits)[1], logits.argmax(1))
+    yield from check_thresholds(chooser, rows)
     few, table = x[:MAX_ROWS], randn(100, size, dtype=dtype)
     yield compare("small_linear", small_linear(few, table), reference.linear(few.double(), table.double()).to(dtype))
     if DEVICE.type == "cuda" and dtype != torch.float32:
         yield from check_stream(chooser, dtype)
     yield compare("gelu none", kernels.gelu(x, "none"), reference.gelu(x, "none"))
+
+
+def check_thresholds(chooser: random.Random, rows: int) -> Iterator[Check]:
+    """Tokens that filters keep, without sorting against with; one token on an edge may fall on either side."""
+    logits = randn(rows, chooser.choice([500, 20000]), dtype=torch.float32) * chooser.choice([0.5, 5.0])
+    z = distribution.scaled_logits(logits, logits.amax(1), None)
+    top_k = torch.randint(0, 100, (rows,), device=DEVICE)
+    top_p = torch.rand(rows, device=DEVICE, dtype=torch.float64).clamp(min=0.01)
+    with ops.reference_only():
+        expected = distribution.thresholds(z, top_k, top_p, None)
+    kept = [
+        ((z >= limit) & (distribution.weights(z) > 0)).sum(1)
+        for limit in (sampling.thresholds(z, top_k, top_p, None), expected)
+    ]
+    yield "thresholds", float((kept[0] - kept[1]).abs().max()), 1.0
 
 
 def check_stream(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
@@ -219,6 +236,11 @@ def time_all(report: Report) -> None:
         elapsed = seconds(lambda _, logits=logits: sampling.argmax(logits))
         show = {"us": elapsed * 1e6, "share": logits.nbytes / elapsed / bandwidth}
         report.show("timing", f"argmax {rows} rows", **show, torch_us=seconds(lambda _, x=logits: x.argmax(1)) * 1e6)
+        z = distribution.scaled_logits(logits, logits.amax(1), None)
+        filters = torch.full((rows,), 50, device=DEVICE), torch.full((rows,), 0.9, device=DEVICE, dtype=torch.float64)
+        elapsed = seconds(lambda _, z=z, filters=filters: sampling.thresholds(z, *filters, None))
+        sorted_us = seconds(lambda _, z=z: z.sort(dim=-1, descending=True)) * 1e6
+        report.show("timing", f"thresholds {rows} rows", us=elapsed * 1e6, sort_alone_us=sorted_us)
     time_attention(report, bandwidth, rate)
     for outputs, inputs in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):  # of a Llama-3.1-8B layer
         time_linear(report, bandwidth, outputs, inputs)

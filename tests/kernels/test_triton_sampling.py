@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from trine.kernels.triton.sampling import argmax, choose_greedy
+from trine.kernels import ops
+from trine.kernels.triton.sampling import argmax, choose_greedy, thresholds
+from trine.llm.sampling import distribution
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -49,3 +51,26 @@ def test_a_choice_is_kept_as_its_rows_last_token(dtype: torch.dtype) -> None:
     expected = [row.index(max(row)) for row in logits.tolist()]
     assert tokens == [expected[0], expected[1], -1, expected[3]]
     assert last_token.tolist() == [expected[1], 5, 5, 0, 5, 5, 5, expected[0], expected[3]]
+
+
+def kept(z: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Tokens that can be drawn: those from the limit on that have a weight."""
+    return (z >= limit.to(z.device)) & (distribution.weights(z) > 0)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("filters", ["k", "p", "min", "kp", "kpmin"])
+def test_thresholds_equal_those_of_a_sorted_vocabulary(spread: float, filters: str) -> None:
+    generator = torch.Generator().manual_seed(len(filters))
+    logits = torch.randn(6, 1500, generator=generator) * spread
+    logits[1] = logits[1].round()  # ties
+    logits[2, 3:] = -math.inf
+    z = distribution.scaled_logits(logits, logits.amax(1), None)
+    top_k = torch.tensor([1, 7, 50, 0, 1499, 3]) if "k" in filters else None
+    top_p = torch.tensor([0.9, 0.5, 1.0, 1e-9, 0.999, 0.3], dtype=torch.float64) if "p" in filters else None
+    min_z = torch.tensor([-math.inf, -1.0, -5.0, 0.0, -0.1, -2.0], dtype=torch.float64) if "min" in filters else None
+    with ops.reference_only():
+        expected = distribution.thresholds(z, top_k, top_p, min_z)
+    moved = [None if x is None else x.to(DEVICE) for x in (top_k, top_p, min_z)]
+    actual = thresholds(z.to(DEVICE), *moved).cpu()
+    assert torch.equal(kept(z, actual), kept(z, expected))

@@ -6,8 +6,8 @@ chosen token does not depend on the batch, on the number of threads or on the de
 there is no drift of a float32 cumulative sum over a vocabulary of 150,000. Tokens less probable than 3e-11 of
 the most probable one have weight 0.
 
-This is what runs on GPUs, and the reference of the CPU library's `sample` (trine.kernels.cpu), which finds the same
-tokens without sorting the vocabulary.
+This is the reference of the CPU library's `sample` (trine.kernels.cpu) and of the GPU's `thresholds`
+(trine.kernels.triton.sampling), which find the same tokens without sorting the vocabulary.
 
 Every filter keeps the tokens with z at or above a threshold: top_k, top_p and min_p each keep an upper set of
 the distribution, and so does their combination. Tokens tied with the last one kept are kept.
@@ -82,8 +82,13 @@ def thresholds(z: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_z: Ten
     """Smallest scaled logit that passes the filters: [B, 1] float32.
 
     z [B, Vp] float32; top_k [B] int64 (0 is off), top_p [B] float64 (1 is off), min_z [B] float64, the logarithm of
-    min_p (minus infinity is off), each None when no row uses it. top_p is a share of the mass that top_k leaves.
+    min_p (minus infinity is off), each None when no row uses it. top_p is a share of the mass that top_k leaves. On a
+    GPU the result may be a smaller one that keeps the same tokens of those with a weight.
     """
+    if z.is_cuda and ops.backend(True, torch.float32) is not reference:
+        from trine.kernels.triton.sampling import thresholds as thresholds_on_gpu
+
+        return thresholds_on_gpu(z, top_k, top_p, min_z)
     result = torch.full((z.shape[0], 1), -math.inf, dtype=torch.float32, device=z.device)
     if min_z is not None:
         result = torch.maximum(result, min_z.to(torch.float32)[:, None])
