@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tests.llm.models.checkpoints import Case, build
 from tests.llm.models.harness import PagedModel
 from trine import LLM, SamplingParams
-from trine.core.errors import ConfigurationError, ModelLoadError
+from trine.core.errors import ConfigurationError, InsufficientMemoryError, ModelLoadError
 from trine.kernels import fp8, reference
 from trine.kernels.fp8 import Fp8Weight
+from trine.llm import memory
 from trine.llm.loading import load_model, weight_bytes
 from trine.llm.options import EngineOptions
 from trine.llm.quantization import is_fp8_checkpoint
@@ -179,6 +180,16 @@ def test_options() -> None:
     assert EngineOptions("tiny", quantization="fp8", cache_dtype="fp8").cache_dtype == "fp8"
     with pytest.raises(ConfigurationError, match="cache_dtype"):
         EngineOptions("tiny", cache_dtype="int8")  # type: ignore[arg-type]
+
+
+def test_memory_that_is_checked_before_loading_is_that_of_rounded_weights(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (llama / "model.safetensors").stat().st_size
+    monkeypatch.setattr(memory, "available_bytes", lambda device: size * 3 // 4)
+    memory.check_weights_fit(llama, torch.device("cpu"), 0.55)
+    with pytest.raises(InsufficientMemoryError, match="--quantization"):
+        memory.check_weights_fit(llama, torch.device("cpu"))
 
 
 def test_generates_through_the_engine() -> None:

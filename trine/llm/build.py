@@ -42,7 +42,9 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
     directory = resolve_model(options.model)
     config = ModelConfig.from_directory(directory)
     if options.load_format == "auto":
-        check_weights_fit(directory, device)
+        rounded = options.quantization is not None and "quantization_config" not in config.hf
+        # 8 bits a weight of a linear layer, and a tenth for what is not rounded
+        check_weights_fit(directory, device, 1.1 / config.dtype.itemsize if rounded else 1.0)
     dtype = config.dtype if options.dtype == "auto" else DTYPES[options.dtype]
     max_model_len = _context(options, config)
     refusals = ops.attention_refusals(device.type, config.num_heads, config.num_kv_heads, config.head_dim, dtype)

@@ -56,15 +56,18 @@ def _meminfo(key: str) -> int:
     raise InsufficientMemoryError(f"/proc/meminfo has no {key}: give --cache-memory")
 
 
-def check_weights_fit(directory: Path, device: torch.device) -> None:
-    """InsufficientMemoryError before anything is loaded, rather than the kernel's SIGKILL in the middle."""
-    needed = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+def check_weights_fit(directory: Path, device: torch.device, share: float = 1.0) -> None:
+    """InsufficientMemoryError before anything is loaded, rather than the kernel's SIGKILL in the middle.
+
+    `share` of what the files hold stays in memory: layers are rounded one by one as they come.
+    """
+    needed = int(share * sum(file.stat().st_size for file in directory.glob("*.safetensors")))
     available = available_bytes(device)
     if needed > available:
         raise InsufficientMemoryError(
             f"the weights in {directory} take {format_bytes(needed)}, but only {format_bytes(available)} of "
             f"{'GPU' if device.type == 'cuda' else 'main'} memory are free: free some, or use a smaller model or "
-            "--quantization int8"
+            f"--quantization {'fp8' if device.type == 'cuda' else 'int8'}"
         )
 
 

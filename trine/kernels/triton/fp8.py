@@ -162,19 +162,19 @@ def linear(
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
     if 0 < rows.shape[0] <= MAX_ROWS and inputs % 16 == 0:
         return fp8_linear(rows, weight, bias, out_dtype)
-    if inputs % 16 or outputs % 16 or x.dtype != torch.bfloat16 or not rows.is_cuda:
-        y = F.linear(rows.dequantize(), weight.dequantize().to(x.dtype), bias)  # shapes that the library does not take
+    if inputs % 16 or outputs % 16 or not rows.is_cuda:  # what the library does not take
+        y = F.linear(rows.dequantize(), weight.dequantize().to(x.dtype), bias)
         return y if out_dtype is None else y.to(out_dtype)
     y = torch._scaled_mm(
         rows.values,
         weight.values.t(),
         scale_a=rows.scales[:, None],
         scale_b=weight.scales[None, :],
-        bias=bias,
-        out_dtype=torch.bfloat16,
+        bias=bias if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,  # the only one with scales by row
         use_fast_accum=True,
     )
-    return y if out_dtype is None else y.to(out_dtype)
+    return y.to(out_dtype or x.dtype)
 
 
 def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
