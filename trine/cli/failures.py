@@ -45,6 +45,7 @@ _EXTRAS = {
     ),
     "openvino": ("openvino",),
     "guided": ("llguidance", "xgrammar"),
+    "graph": ("onnx", "ml_dtypes"),
     "gpu": ("triton",),
 }
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "answer one prompt",
     "chat": "talk with a model in the terminal",
     "bench": "measure a model here, or a server by its URL",
+    "build": "compile an ONNX model into a plan",
     "eval": "score a model on tasks with one right answer",
     "check": "validate a model repository without starting a server",
     "explain": "why a request to a running server took what it took",
@@ -74,12 +75,19 @@ def dispatch(arguments: list[str]) -> int:
         return EXIT_OK
     if name not in COMMANDS:
         parser.error(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
-    module = import_module(f"trine.cli.{name}")
+    module = import_module(f"trine.cli.{module_name(name, arguments[1:])}")
     own = build_subparser(name, module)
     args, unknown = own.parse_known_args(arguments[1:])
     if unknown:
         own.refuse_unknown(unknown)
     return int(module.run(args))
+
+
+def module_name(command: str, arguments: list[str]) -> str:
+    """`run` and `bench` of a plan or an ONNX model have modules of their own."""
+    if command in ("run", "bench") and any(argument.endswith((".plan", ".onnx")) for argument in arguments[:1]):
+        return f"{command}_plan"
+    return command
 
 
 def build_parser() -> Parser:

@@ -8,7 +8,7 @@ outputs = plan.run({"x": array})
 
 from __future__ import annotations
 
-from trine.graph.api import Plan, build
+from trine.graph.api import Plan, build, load_plan
 from trine.graph.errors import (
     ExecutionError,
     InputError,
@@ -27,4 +27,5 @@ __all__ = [
     "UnsupportedOperatorError",
     "VerificationError",
     "build",
+    "load_plan",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from trine.core.errors import ConfigurationError
+from trine.graph import plan as plan_file
 from trine.graph import tactics
 from trine.graph.dtypes import DType, from_numpy, to_numpy, to_torch
-from trine.graph.errors import InputError
+from trine.graph.errors import InputError, PlanError
 from trine.graph.importer import import_model
 from trine.graph.ir import Graph, Node, Value
+from trine.graph.memory import memory_use
 from trine.graph.passes import Effect
 from trine.graph.passes import optimise as run_passes
 from trine.graph.runtime import Program, check_input
@@ -53,6 +57,77 @@ class Plan:
             for name, value, result in zip(self.graph.output_names, self.graph.outputs, results, strict=True)
         }
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a plan file, which `load_plan` reads."""
+        places = {node: index for index, node in enumerate(self.graph.walk())}
+        tactics_ = {str(places[node]): [choice.tactic, choice.times] for node, choice in self.choices.items()}
+        effects = [[effect.name, effect.added, effect.removed] for effect in self.effects]
+        plan_file.save(path, self.graph, {"tactics": tactics_, "effects": effects})
+
+    def refit(self, weights: Mapping[str, Any]) -> None:
+        """Replace constants by name, keeping dtype and shape; ConfigurationError for a name the plan has not kept.
+
+        Names are those of the model, where no pass has changed the weight (as folding a normalisation does).
+        """
+        known = {value.name: value for value in self.graph.constants()}
+        for name, given in weights.items():
+            turned = name not in known and f"{name}.T" in known
+            value = known.get(f"{name}.T" if turned else name)
+            if value is None:
+                raise ConfigurationError(f"the plan has no weight {name!r}; it has {', '.join(sorted(known)[:8])} …")
+            data = _from_caller(given, Value(name, value.dtype)).clone()
+            data = data.T.contiguous() if turned else data
+            if tuple(data.shape) != value.static_shape or data.dtype != value.data.dtype:
+                wanted = f"{value.dtype} {list(value.shape or ())}"
+                raise ConfigurationError(f"weight {name!r} is {data.dtype} {list(data.shape)}; it must be {wanted}")
+            value.data = data
+        self.program = Program(self.graph, kernels_for(self.choices))
+
+    def inspect(self) -> dict[str, Any]:
+        """What the plan is: interface, layers with their tactics and times, memory, what each pass did."""
+        use = memory_use(self.graph)
+        return {
+            "inputs": [_described(value) for value in self.graph.inputs],
+            "outputs": [
+                {**_described(value), "name": name}
+                for name, value in zip(self.graph.output_names, self.graph.outputs, strict=True)
+            ],
+            "layers": [self._layer(node) for node in self.graph.nodes],
+            "memory": None if use is None else {"total": use.total, "peak": use.peak, "at": use.at},
+            "weights": sum(value.nbytes or 0 for value in self.graph.constants()),
+            "passes": [{"name": e.name, "added": e.added, "removed": e.removed} for e in self.effects],
+        }
+
+    def _layer(self, node: Node) -> dict[str, Any]:
+        choice = self.choices.get(node)
+        return {
+            "name": node.name,
+            "op": node.op,
+            "inputs": [value.name for value in node.inputs if value is not None],
+            "outputs": [_described(value) for value in node.outputs if value.name],
+            "tactic": "reference" if choice is None else choice.tactic,
+            "times_ms": {} if choice is None else choice.times,
+        }
+
+    def profile(self, inputs: Mapping[str, Any], runs: int = 10) -> list[tuple[str, str, float]]:
+        """Name, operator and mean milliseconds of each layer over some runs."""
+        symbols: dict[str, int] = {}
+        arguments = [self._argument(value, inputs, symbols) for value in self.graph.inputs]
+        times: dict[Node, float] = dict.fromkeys(self.graph.nodes, 0.0)
+        last = 0.0
+
+        def see(node: Node, given: list[Any], results: tuple[Any, ...]) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            times[node] += now - last
+            last = time.perf_counter()
+
+        with torch.inference_mode():
+            for _ in range(runs):
+                last = time.perf_counter()
+                self.program.trace(arguments, see)
+        return [(node.name, node.op, seconds / runs * 1e3) for node, seconds in times.items()]
+
     def _argument(self, value: Value, inputs: Mapping[str, Any], symbols: dict[str, int]) -> Any:
         if value.name not in inputs:
             raise InputError(f"input {value.name!r} is missing", param=value.name)
@@ -60,6 +135,10 @@ class Plan:
         if tensor is not None and not isinstance(tensor, list):
             check_input(value, tensor, symbols)
         return tensor
+
+
+def _described(value: Value) -> dict[str, Any]:
+    return {"name": value.name, "dtype": value.dtype, "shape": None if value.shape is None else list(value.shape)}
 
 
 def _from_caller(given: Any, value: Value) -> Any:
@@ -83,6 +162,18 @@ def _to_caller(result: Any, dtype: DType | None) -> Any:
     if isinstance(result, torch.Tensor):
         return np.array(to_numpy(result, dtype))
     return [_to_caller(item, None) for item in result] if isinstance(result, list) else result
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """A plan that `Plan.save` wrote; its weights are mapped from the file. PlanError for any other file."""
+    graph, header = plan_file.load(path)
+    nodes = list(graph.walk())
+    try:
+        choices = {nodes[int(place)]: Choice(name, times) for place, (name, times) in header["tactics"].items()}
+        effects = [Effect(*parts) for parts in header["effects"]]
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
+        raise PlanError(f"{str(path)!r} is damaged: build the plan again") from None
+    return Plan(graph, effects, choices)
 
 
 def build(

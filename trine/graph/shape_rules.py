@@ -714,6 +714,8 @@ def _recurrent(node: Node, context: Context) -> Facts:
 @rule("If")
 def _if(node: Node, context: Context) -> Facts:
     branches: list[Graph] = [node.attributes["then_branch"], node.attributes["else_branch"]]
+    if any(branch.inputs for branch in branches) or any(len(b.outputs) < len(node.outputs) for b in branches):
+        raise refuse(node, "has a branch with inputs, or with fewer outputs than the node")
     facts: Facts = []
     for a, b in zip(branches[0].outputs, branches[1].outputs, strict=False):
         same = a.shape is not None and a.shape == b.shape
@@ -725,12 +727,31 @@ def _if(node: Node, context: Context) -> Facts:
 def _loop(node: Node, context: Context) -> Facts:
     body: Graph = node.attributes["body"]
     carried = len(node.inputs) - 2
+    if len(body.inputs) != carried + 2 or len(body.outputs) < max(carried + 1, len(node.outputs) + 1):
+        raise refuse(node, f"carries {carried} values, but its body has {len(body.inputs)} inputs")
     facts: Facts = [(value.dtype, None) for value in body.outputs[1 : 1 + carried]]
     for value in body.outputs[1 + carried :]:
         facts.append(
             (value.dtype, None if value.shape is None else (unknown(), *(_scoped(dim) for dim in value.shape)))
         )
     return facts
+
+
+@rule("Scan")
+def _scan(node: Node, context: Context) -> Facts:
+    body: Graph = node.attributes["body"]
+    given = len(node.inputs) - node.attributes.get("batched", 0)
+    if len(body.inputs) != given or not 0 < node.attributes["num_scan_inputs"] <= given:
+        raise refuse(node, f"has {given} inputs, but its body has {len(body.inputs)}")
+    return []
+
+
+@rule("SequenceMap")
+def _sequence_map(node: Node, context: Context) -> Facts:
+    body: Graph = node.attributes["body"]
+    if len(body.inputs) != len(node.inputs):
+        raise refuse(node, f"has {len(node.inputs)} inputs, but its body has {len(body.inputs)}")
+    return []
 
 
 def _scoped(dim: Dim) -> Dim:

@@ -6,16 +6,20 @@ Small integer vectors are followed through the arithmetic that models do on shap
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from trine.graph.dims import add, floor_divide, multiply, subtract
+from trine.graph.errors import UnsupportedOperatorError
 from trine.graph.ir import Dim, Graph, Node, Value
 from trine.graph.shape_rules import RULES, Context, Facts
 
 _LONGEST_VECTOR = 64
+LARGEST = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""Bytes that one value may take."""
 
 
 class Inference(Context):
@@ -53,6 +57,12 @@ class Inference(Context):
         for value, (dtype, shape) in zip(node.outputs, facts, strict=False):
             value.dtype = dtype if dtype is not None else value.dtype
             value.shape = shape if shape is not None else value.shape
+            if (value.nbytes or 0) > LARGEST:
+                raise UnsupportedOperatorError(
+                    node.op,
+                    node.name,
+                    f"makes a tensor {list(value.shape or ())}, which is larger than this machine's memory",
+                )
         self._follow(node)
 
     def _follow(self, node: Node) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from trine.graph.dtypes import DType, to_onnx
 from trine.graph.importer.node import RawNode
-from trine.graph.ir import Value, constant
+from trine.graph.ir import Graph, Value, constant
 
 Converter = Callable[[RawNode], None]
 CONVERTERS: dict[str, list[Converter]] = {}
@@ -270,7 +270,9 @@ def _quantize(node: RawNode) -> None:
 @converts("Loop")
 def _loop(node: RawNode) -> None:
     """What the scanned outputs are when the body never runs."""
-    body = node.attributes["body"]
+    body = node.attributes.get("body")
+    if not isinstance(body, Graph):
+        return
     scanned = body.outputs[len(node.inputs) - 1 :]
     shapes = [(value.dtype, value.static_shape) for value in scanned]
     if scanned and all(dtype is not None and shape is not None for dtype, shape in shapes):

@@ -26,7 +26,8 @@ class Operator:
     function: Callable[..., Any]
     minimum: int
     maximum: int | None
-    attributes: frozenset[str]
+    attributes: dict[str, str]
+    """Each attribute with its annotation: int, float, str, list[int], …; "| None" may follow."""
     required: frozenset[str]
     counts_outputs: bool
     pure: bool
@@ -56,11 +57,26 @@ def _describe(name: str, function: Callable[..., Any], pure: bool) -> Operator:
         function=function,
         minimum=sum(p.default is p.empty for p in positional),
         maximum=None if variadic else len(positional),
-        attributes=frozenset(p.name for p in keywords if not p.name.startswith("_")),
+        attributes={p.name: str(p.annotation) for p in keywords if not p.name.startswith("_")},
         required=frozenset(p.name for p in keywords if p.default is p.empty and not p.name.startswith("_")),
         counts_outputs=any(p.name == "_outputs" for p in keywords),
         pure=pure,
     )
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,)}
+
+
+def _is_of(wanted: str, value: Any) -> bool:
+    """Whether an attribute's value is of the annotated type; annotations of other kinds (tensors, graphs) by name."""
+    if wanted in _PLAIN:
+        return isinstance(value, _PLAIN[wanted])
+    item = wanted.removeprefix("list[").removesuffix("]")
+    if wanted.startswith("list[") and item in _PLAIN:
+        return isinstance(value, list) and all(isinstance(part, _PLAIN[item]) for part in value)
+    if wanted == "Body":
+        return type(value).__name__ == "Graph"
+    return type(value).__name__ == "Tensor" if wanted == "Tensor" else True
 
 
 def find(op: str, node: str) -> Operator:
@@ -74,9 +90,13 @@ def find(op: str, node: str) -> Operator:
 def check(op: str, node: str, inputs: int, attributes: dict[str, Any]) -> Operator:
     """That `op` exists and takes these many inputs and these attributes; UnsupportedOperatorError otherwise."""
     found = find(op, node)
-    unknown = sorted(set(attributes) - found.attributes)
+    unknown = sorted(set(attributes) - set(found.attributes))
     if unknown:
         raise UnsupportedOperatorError(op, node, f"has no attribute {unknown[0]!r} that Trine knows")
+    for name, value in attributes.items():
+        wanted = found.attributes[name].removesuffix(" | None")
+        if not _is_of(wanted, value):
+            raise UnsupportedOperatorError(op, node, f"has the attribute {name!r} of another type than {wanted}")
     missing = sorted(found.required - set(attributes))
     if missing:
         raise UnsupportedOperatorError(op, node, f"needs the attribute {missing[0]!r}")

@@ -7,7 +7,7 @@ from trine.graph.ir import Graph, Node, Value
 
 
 def simplify(graph: Graph) -> Graph:
-    """Remove operators that give back their input: Identity, x * 1, a Cast to its own type, a Reshape to its own shape."""
+    """Remove what gives back its input: Identity, x * 1, a Cast to its own type, a Reshape to its own shape."""
     for node in list(graph.nodes):
         for subgraph in node.subgraphs:
             simplify(subgraph)

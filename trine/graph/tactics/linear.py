@@ -46,7 +46,7 @@ def onednn(node: Node) -> Kernel | None:
     if found is None or not torch.backends.mkldnn.is_available():
         return None
     weight, bias = found
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous().to_mkldnn(), _rows(node))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _rows(node))
     activation = node.attributes["activation"]
     name, scalars, algorithm = _POST_OPS[activation]
     alone, summed = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
@@ -67,7 +67,7 @@ def mkl(node: Node) -> Kernel | None:
     if found is None or rows is None or not torch.backends.mkl.is_available():
         return None
     weight, bias = found[0].contiguous(), found[1]
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.to_mkldnn(), rows)
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
     activation = node.attributes["activation"]
     product = torch.ops.mkl._mkl_linear.default
 
