@@ -46,7 +46,7 @@ Weight = torch.Tensor | PackedWeight
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer of a decoder of the Llama kind: fused projections, norms, its cache. Biases and head norms may be none."""
+    """One layer of a decoder of the Llama kind: fused projections, norms, its cache. Biases, head norms may be none."""
 
     qkv: Weight
     output: Weight
