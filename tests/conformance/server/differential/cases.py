@@ -18,7 +18,6 @@ JSON_IS_400 = "malformed or mistyped JSON is the client's mistake: 400, Triton s
 COUNTED_DIFFERENTLY = {
     ("failing 1", "fail"): (0, 1, "a request that the model answers with an error has failed"),
     ("failing 1", "success"): (1, 0, "a request that the model answers with an error has failed"),
-    ("accumulate 1", "fail"): (0, 3, "a request that a sequence's rules refuse has failed"),
     ("types 1", "fail"): (1, 0, "an answer that JSON can't hold was computed well"),
     ("simple 1", "inference_count"): (117, 116, "one request is refused that Triton takes: more contents than inputs"),
     ("simple 1", "execution_count"): (51, 50, "one request is refused that Triton takes: more contents than inputs"),
@@ -188,6 +187,9 @@ INFER = "/v2/models/simple/infer"
 def inference() -> Iterator[Case]:
     for rows in range(1, 10):
         yield http(f"simple of {rows}", INFER, {"inputs": pair(rows)})
+    yield http("no row", INFER, {"inputs": pair(0)}, text=False)
+    nothing, headers = binary_body([("text_input", [0, 1], "BYTES", b"")], {})
+    yield http("no row of text", "/v2/models/text/infer", nothing, headers=headers)
     for output in ({"name": "OUTPUT0"}, {"name": "OUTPUT1"}, {"name": "OUTPUT1", "parameters": {"binary_data": True}}):
         yield http(f"output {output}", INFER, {"inputs": pair(), "outputs": [output], "id": "an id"})
     for count in (1, 2, 5, 16, 20):
@@ -326,6 +328,12 @@ def refusals() -> Iterator[Case]:
         yield http(f"strings: {name}", "/v2/models/types/infer", body, headers=headers, text=False)
     yield http("infer on nobody", "/v2/models/nobody/infer", {"inputs": []})
     inputs = [tensor("INPUT0", [1, 16], "INT32", shared_memory_region="none", shared_memory_byte_size=64), two]
+    wanted = {"name": "OUTPUT0", "parameters": {"shared_memory_region": ""}}
+    yield http("no region", INFER, {"inputs": pair(), "outputs": [wanted]})
+    wanted = {"name": "OUTPUT0", "parameters": {"shared_memory_region": None}}
+    yield http("null as region", INFER, {"inputs": pair(), "outputs": [wanted]}, difference=JSON_IS_400)
+    wanted = {"name": "OUTPUT0", "parameters": {"other": True}}
+    yield http("an unknown output parameter", INFER, {"inputs": pair(), "outputs": [wanted]})
     yield http("a region that is not there", INFER, {"inputs": inputs}, text=False)
 
 
