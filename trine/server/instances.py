@@ -94,6 +94,7 @@ class Worker:
         self._begin: Callable[..., None] | None = getattr(instance, "begin", None)
         self._beginning = False
         self.is_async = self._begin is not None
+        self.unbounded: bool = getattr(instance, "unbounded", False)
 
     async def ask_ready(self) -> bool:
         """Whether the instance would serve a request now, where it can tell."""
@@ -322,6 +323,8 @@ class InstancePool:
             self.finish(batch)
         else:
             worker.hand(batch)
+            if worker.unbounded and not worker.retired:
+                self._idle.append(worker)
 
     def _take_permitted(self, worker: Worker | None) -> Worker:
         assert self._limiter is not None
@@ -335,7 +338,7 @@ class InstancePool:
     def finished(self, worker: Worker, batch: Batch, *, look_on: bool = True) -> None:
         """A batch is computed: the instance's next one goes first, then this one's answers."""
         worker.outstanding -= 1
-        if worker.outstanding == 0:
+        if worker.outstanding == 0 and not worker.unbounded:
             following = self.next_ready()  # made ready just after the thread had looked
             if following is not None:
                 worker.outstanding = 1

@@ -154,6 +154,17 @@ def test_requests_run_side_by_side(served: Served) -> None:
         assert all(response.error is None for response in one.responses)
 
 
+def test_statistics_know_how_long_it_took(served: Served) -> None:
+    statistics = served.repository.model("text").statistics
+    before = (statistics.success.count, statistics.inference_count, statistics.compute_infer.ns)
+    served.ask("text", PROMPT | {"max_tokens": integers(40), "ignore_eos": YES})
+    after = (statistics.success.count, statistics.inference_count, statistics.compute_infer.ns)
+    assert after[0] == before[0] + 1
+    assert after[1] == before[1] + 1
+    assert after[2] > before[2] + 1_000_000
+    assert statistics.pending == 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_cancellation_ends_the_work(served: Served, stream: bool) -> None:
     options = {"max_tokens": integers(3000), "ignore_eos": YES, "stream": np.array([stream])}

@@ -79,8 +79,8 @@ class AsyncInstance(Protocol):
     def begin(self, requests: list[InferRequest], respond: Respond, done: BatchDone) -> None:
         """Begin a batch and return at once; it never raises. Each request gets its responses, now or later.
 
-        `done` is called when the batch is over: with an instance that runs any number side by side at once (even before
-        `begin` returns). A second batch may be begun before the first is done.
+        `done` is called when the batch is over, possibly before `begin` returns. A second batch may be begun before the
+        first is done; with a true attribute `unbounded` any number: they run side by side, and nothing is queued.
         """
 
     async def is_ready(self) -> bool:

@@ -42,6 +42,8 @@ _CODES = {
 class LlmInstance:
     """Begins requests in the engine. All of it runs in the event loop's thread."""
 
+    unbounded = True
+
     def __init__(self, config: ModelConfig, engine: AsyncLLM, *, owned: bool, excludes: bool | None) -> None:
         self._name: str = config.name
         self._engine = engine
@@ -82,18 +84,29 @@ class LlmInstance:
             await self._engine.close()
 
     def begin(self, requests: list[InferRequest], respond: Respond, done: BatchDone) -> None:
-        """Begin streams. The batch is over at once: the engine has a queue of its own."""
+        """Begin streams: the engine has a queue of its own. The batch is over with the last of its requests."""
+        left = set(map(id, requests))
+        begun_ns = 0
+
+        def answer(request: InferRequest, response: InferResponse) -> None:
+            respond(request, response)
+            if response.final and id(request) in left:
+                left.discard(id(request))
+                if not left and begun_ns:
+                    done(begun_ns, monotonic_ns())
+
         for request in requests:
             try:
-                self._begin(request, respond)
+                self._begin(request, answer)
             except TrineError as error:
-                respond(request, InferResponse(error=_server_error(error)))
+                answer(request, InferResponse(error=_server_error(error)))
             except Exception as error:
                 logger.exception("model %s: a request can't be begun", self._name)
                 failure = ServerError(f"{type(error).__name__}: {error}", Code.INTERNAL)
-                respond(request, InferResponse(error=failure))
-        now = monotonic_ns()
-        done(now, now)
+                answer(request, InferResponse(error=failure))
+        begun_ns = monotonic_ns()
+        if not left:
+            done(begun_ns, begun_ns)
 
     def _begin(self, request: InferRequest, respond: Respond) -> None:
         if self._tokens and RequestReader(request, 0, self._batches).flag("stop"):

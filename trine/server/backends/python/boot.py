@@ -25,4 +25,5 @@ def main() -> None:
     run(*descriptors)
 
 
-main()
+if __name__ == "__main__":  # a model may start processes that import this file again
+    main()
