@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ def classify(tensor: Tensor, count: int, labels: Sequence[str], *, batched: bool
     if tensor.datatype not in _SUPPORTED:
         raise ServerError(f"class result not available for output due to unsupported type '{tensor.datatype}'")
     values = tensor.array
-    rows = values.reshape(values.shape[0], -1) if batched else values.reshape(1, -1)
+    rows = values.reshape(values.shape[0], math.prod(values.shape[1:])) if batched else values.reshape(1, -1)
     count = min(count, rows.shape[1])
     # The stable order of the negated ranks, so that no value overflows on being negated.
     order = rows.shape[1] - 1 - np.argsort(rows[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :count]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
 
 from trine.core.errors import TrineError
+
+logger = logging.getLogger("trine.server")
 
 
 class Code(Enum):
@@ -35,3 +38,11 @@ class ServerError(TrineError):
         super().__init__(message)
         self.error_code = error_code
         self.status = error_code.http_status
+
+
+def answerable(error: Exception) -> TrineError:
+    """An error that a client can be told: a mistake of the server's own goes to its log, and is INTERNAL."""
+    if isinstance(error, TrineError):
+        return error
+    logger.error("a request could not be answered", exc_info=error)
+    return ServerError(f"an error of the server itself ({type(error).__name__}); its log says more", Code.INTERNAL)

@@ -189,14 +189,12 @@ _KNOWN: dict[str, Callable[[Plan, str, object], None]] = {
 
 def region_of(parameters: dict[str, Any], owner: str) -> Region | None:
     """The shared memory that a tensor's parameters name."""
-    name = parameters.get("shared_memory_region")
-    if name is None:
+    if "shared_memory_region" not in parameters:
         return None
+    name = parameters["shared_memory_region"]
     if not isinstance(name, str):
         raise ServerError(f"'shared_memory_region' of {owner} must be a string, got {name!r}")
-    if "shared_memory_byte_size" not in parameters:
-        raise ServerError(f"'shared_memory_byte_size' must be given beside 'shared_memory_region' for {owner}")
-    size = _unsigned("shared_memory_byte_size", parameters["shared_memory_byte_size"])
+    size = _unsigned("shared_memory_byte_size", parameters.get("shared_memory_byte_size", 0))
     return Region(name, size, _unsigned("shared_memory_offset", parameters.get("shared_memory_offset", 0)))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trine.server.errors import Code, ServerError
-from trine.server.plan import Region
+from trine.server.plan import Plan, Region
 
 Kind = Literal["system", "cuda"]
 _DIRECTORY = Path("/dev/shm")
@@ -98,6 +98,12 @@ class SharedMemory:
         if region is None:
             raise ServerError(f"Unable to find {kind} shared memory region: '{name}'", Code.NOT_FOUND)
         return [region.describe()]
+
+    def check(self, plan: Plan) -> None:
+        """Where the outputs of a request are to go is there. Raises ServerError, before anything is computed."""
+        for answer in plan.answers.values():
+            if answer.region is not None:
+                self._part(answer.region)
 
     def read(self, wanted: Region) -> memoryview:
         """An input's bytes, where they lie."""

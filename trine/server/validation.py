@@ -182,6 +182,12 @@ class RequestChecker:
                 f"All input dimensions should be specified for input '{spec.name}' for model '{self.model_name}', got "
                 f"{dims_text(tensor.shape)}",
             )
+        if self.max_batch_size and not rows and prod(shape):  # no row at all counts as one whose values are missing
+            where, count = f"input '{spec.name}' for model '{self.model_name}'", prod(shape)
+            if spec.datatype == "BYTES":
+                raise self._error(request, f"expected {count} string elements for inference {where}, got 0")
+            size = count * spec.item_size
+            raise self._error(request, f"input byte size mismatch for {where}. Expected {size}, got 0")
         expected = _ANY_SIZE
         if spec.datatype == "BYTES":
             self._check_strings(request, tensor)

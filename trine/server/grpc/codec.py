@@ -239,6 +239,8 @@ def _typed(tensor: Any, name: str, datatype: str, shape: tuple[int, ...]) -> Ten
 
 def tensors_of(plan: Plan, raws: Sequence[Buffer], memory: SharedMemory) -> dict[str, Tensor]:
     """The inputs of a request. Raises ServerError where there are too many or too few contents."""
+    if not plan.plain:
+        memory.check(plan)
     inputs: dict[str, Tensor] = {}
     index = 0
     for planned in plan.inputs:

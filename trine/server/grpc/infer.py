@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trine.core.errors import TrineError
-from trine.server.errors import Code, ServerError
+from trine.server.errors import Code, ServerError, answerable
 from trine.server.grpc import status
 from trine.server.grpc.codec import stream_error, stream_response, tensors_of
 from trine.server.grpc.stream import Buffer, CallError, Stream
@@ -82,8 +82,9 @@ class InferCall:
                 raise answer.error
             parts, length = self._api.encoder.encode(self._plan, self._model, answer)
             stream.reply(parts, length)
-        except TrineError as error:
-            stream.finish(grpc_status(error), error.message)
+        except Exception as failure:
+            told = answerable(failure)
+            stream.finish(grpc_status(told), told.message)
         if self.request is not None and self.request.trace is not None:
             self._api.traces.finish(self.request)
 
@@ -130,16 +131,16 @@ class StreamSession:
             request = call.request = plan.request(tensors_of(plan, raws, self.api.memory), call.respond)
             request.deadline_ns = self.stream.deadline_ns
             self.api.prepare(request, self.stream)
-        except TrineError as error:
-            self.fail(error, plan)
+        except Exception as failure:
+            self.fail(answerable(failure), plan)
             return
         self._open.add(call)
         if not model.decoupled:
             self._order.append(call)
         try:
             model.submit(request)
-        except TrineError as error:
-            call.respond(InferResponse(error=as_server_error(error)))
+        except Exception as failure:
+            call.respond(InferResponse(error=as_server_error(answerable(failure))))
 
     def half_close(self) -> None:
         self._half_closed = True
@@ -212,8 +213,8 @@ class StreamCall:
             try:
                 parts, length = session.api.encoder.encode(plan, self._model, response, final=response.final)
                 self._answer(*stream_response(parts, length))
-            except TrineError as unencodable:
-                error = unencodable
+            except Exception as failure:
+                error = answerable(failure)
                 self.done = True
                 if self.request is not None:
                     self.request.cancel()

@@ -8,7 +8,7 @@ import msgspec
 
 from trine.core.errors import TrineError
 from trine.server.configuration.types import datatype_name
-from trine.server.errors import ServerError
+from trine.server.errors import ServerError, answerable
 from trine.server.http.exchange import EVENTS, JSON, Exchange, error_body
 from trine.server.http.values import array_values, decode_values, encode_list, parse_json
 from trine.server.plan import InputPlan, Plan
@@ -112,8 +112,8 @@ class GenerateCall:
                 raise ServerError(_ONE_RESPONSE)
             else:
                 self._exchange.respond(200, JSON, (self._encode(self._responses[0]),))
-        except TrineError as error:
-            self._exchange.respond_error(error)
+        except Exception as failure:
+            self._exchange.respond_error(answerable(failure))
         self._finish()
 
     def _encode(self, response: InferResponse) -> bytes:
@@ -160,8 +160,8 @@ class StreamCall(GenerateCall):
         if error is None and not response.is_empty:
             try:
                 data = self._encode(response)
-            except TrineError as unencodable:
-                error = unencodable
+            except Exception as failure:
+                error = answerable(failure)
                 if self.request is not None:
                     self.request.cancel()
         final = response.final or error is not None

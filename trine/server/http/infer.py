@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trine.core.errors import TrineError
 from trine.server.classification import classify
 from trine.server.configuration.types import datatype_name, item_size
-from trine.server.errors import Code, ServerError
+from trine.server.errors import Code, ServerError, answerable
 from trine.server.http.compression import accepted_encoding, compress, decompress
 from trine.server.http.connection import too_large
 from trine.server.http.exchange import JSON, Buffer, Exchange, HeaderBlock
@@ -99,8 +98,8 @@ class InferCall:
                 self._exchange.respond_error(answer.error)
             else:
                 self._answer(answer)
-        except TrineError as error:
-            self._exchange.respond_error(error)
+        except Exception as failure:
+            self._exchange.respond_error(answerable(failure))
         finally:
             if self.request is not None and self.request.trace is not None:
                 self._api.traces.finish(self.request)
@@ -252,6 +251,8 @@ def _as_string(body: Buffer) -> bytes:
 
 
 def _inputs(api: HttpApi, plan: Plan, tensors: Buffer, model: str) -> dict[str, Tensor]:
+    if not plan.plain:
+        api.memory.check(plan)
     inputs: dict[str, Tensor] = {}
     position, end = 0, len(tensors)
     for planned in plan.inputs:
@@ -273,7 +274,7 @@ def _inputs(api: HttpApi, plan: Plan, tensors: Buffer, model: str) -> dict[str, 
             raw = api.memory.read(planned.region)
             inputs[planned.name] = Tensor(planned.name, planned.datatype, planned.shape, None, raw)
     if position != end:
-        raise ServerError(f"unexpected additional input data for model '{model}': {end - position} bytes")
+        raise ServerError(f"unexpected additional input data for model '{model}'")
     return inputs
 
 
