@@ -18,6 +18,7 @@ from trine.server.errors import ServerError
 Labels = tuple[tuple[str, str], ...]
 KINDS = ("counter", "gauge", "histogram")
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_OWN = ("nv_inference_", "nv_cache_", "nv_cpu_", "nv_gpu_", "nv_pinned_memory_", "nv_energy_", "nv_model_", "trine_")
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 
@@ -80,8 +81,8 @@ class CustomMetrics:
         """The family of that name, held once more. ServerError: not a name, or of another kind already."""
         if not _NAME.fullmatch(name):
             raise ServerError(f"'{name}' is not a metric's name: letters, digits, '_' and ':', no digit first")
-        if name.startswith("nv_"):
-            raise ServerError(f"metric '{name}': names that begin with nv_ are the server's own")
+        if name.startswith(_OWN):
+            raise ServerError(f"metric '{name}' is the server's own, or might become so: choose another name")
         if kind not in KINDS:
             raise ServerError(f"metric '{name}': kind '{kind}' is none of {', '.join(KINDS)}")
         family = self._families.get(name)
