@@ -95,9 +95,9 @@ def test_mutated_fields_never_crash(seed: int) -> None:
             del weight.dims[:]
             weight.dims.extend(rng.choice([[1 << 62], [-1, 4], [], [0], [1 << 31, 1 << 31, 1 << 31], [2, 2]]))
         elif kind == 4:
-            chosen.attribute.append(helper.make_attribute(rng.choice(["pads", "axis", "group", "kernel_shape"]), rng.choice(
-                [1 << 40, -5, [0, 0], [1 << 33] * 4, 2.5, "text", [-9] * 4]
-            )))  # fmt: skip
+            value = rng.choice([1 << 40, -5, [0, 0], [1 << 33] * 4, 2.5, "text", [-9] * 4])
+            name = rng.choice(["pads", "axis", "group", "kernel_shape"])
+            chosen.attribute.append(helper.make_attribute(name, value))
         elif kind == 5 and chosen.attribute:
             attribute = rng.choice(chosen.attribute)
             attribute.ints[:] = [rng.choice([0, -1, 1 << 35, 3]) for _ in attribute.ints]

@@ -45,6 +45,7 @@ def onednn(node: Node) -> Kernel | None:
     packed = reorder(weight.data.to_mkldnn(), pads[:2], strides, dilations, group, None if outer else shape)
     bias_data = None if bias is None else bias.data
     name, scalars, algorithm = _POST_OPS[attributes["activation"]]
+    after_sum = "relu" if name == "relu" else None  # the only one that torch lets follow a sum
     fused = torch.ops.mkldnn._convolution_pointwise
     summed = fused.binary
     alone = fused.default
@@ -58,11 +59,8 @@ def onednn(node: Node) -> Kernel | None:
             y: Tensor = alone(x, packed, bias_data, pads[:2], strides, dilations, group, name, scalars, algorithm)
             return y
         residual = residual.contiguous(memory_format=last)
-        unary = None if name == "none" else name
-        y = summed(
-            x, residual, packed, bias_data, pads[:2], strides, dilations, group, "add", 1.0, unary, scalars, algorithm
-        )
-        return y
+        y = summed(x, residual, packed, bias_data, pads[:2], strides, dilations, group, "add", 1.0, after_sum, [], None)
+        return y if after_sum else activate(y, attributes["activation"])
 
     return run
 

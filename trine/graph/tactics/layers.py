@@ -21,6 +21,8 @@ def flash(node: Node) -> Kernel | None:
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None and mask.dim() < 2:
+            mask = mask.reshape(1, -1)
         return attend(q, k.transpose(-1, -2) if turned else k, v, mask, scale=scale)
 
     return run

@@ -1,0 +1,207 @@
+"""Each pass does what it says on a small graph, leaves alone what it must, and never changes the result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import trine.graph as tg
+from tests.graph.models import model, node, weights
+from trine.graph.importer import import_model
+from trine.graph.ir import Graph
+from trine.graph.passes import PASSES, optimise
+from trine.graph.shapes import infer_shapes
+
+SCALAR = {"two": np.float32(2), "half": np.float32(0.5), "one": np.float32(1), "root2": np.float32(np.sqrt(2))}
+
+
+def pass_named(name: str) -> Callable[[Graph], Graph]:
+    return next(item for item in PASSES if item.__name__ == name)
+
+
+def after(made: onnx.ModelProto, *names: str) -> Counter[str]:
+    """The operators left after the named passes; the whole optimiser must keep the model's result."""
+    graph = import_model(made)
+    optimise(graph, [infer_shapes, *(pass_named(name) for name in names)])
+    same_result(made)
+    return Counter(item.op for item in graph.nodes)
+
+
+def same_result(made: onnx.ModelProto) -> None:
+    inputs: dict[str, Any] = {}
+    for index, value in enumerate(import_model(made).inputs):
+        shape = [dim if isinstance(dim, int) else 2 for dim in value.shape or ()]
+        inputs[value.name] = weights(*shape, seed=index + 1) * 5
+    plain, fast = tg.build(made, optimise=False).run(inputs), tg.build(made).run(inputs)
+    for name, expected in plain.items():
+        np.testing.assert_allclose(fast[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fold_constants_computes_what_needs_no_input() -> None:
+    made = model(
+        [node("Add", "a b", "c"), node("Mul", "x c", "y")], {"x": [2]}, ["y"], {"a": weights(2), "b": weights(2)}
+    )
+    assert after(made, "fold_constants") == {"Mul": 1}
+
+
+def test_fold_constants_reads_static_shapes() -> None:
+    made = model(
+        [node("Shape", "x", "s"), node("Reshape", "w s", "r"), node("Add", "x r", "y")],
+        {"x": [2, 3]},
+        ["y"],
+        {"w": weights(6)},
+    )
+    assert after(made, "fold_constants") == {"Add": 1}
+
+
+def test_fold_constants_keeps_random_numbers_and_integers_of_a_quantised_model() -> None:
+    made = model(
+        [node("DequantizeLinear", "q s", "w"), node("Add", "x w", "y")],
+        {"x": [2]}, ["y"], {"q": np.array([1, 2], np.int8), "s": np.float32(0.5)},
+    )  # fmt: skip
+    assert after(made, "fold_constants") == {"DequantizeLinear": 1, "Add": 1}
+
+
+def test_remove_dead_nodes() -> None:
+    made = model([node("Relu", "x", "y"), node("Exp", "x", "unused")], {"x": [2]}, ["y"])
+    assert after(made, "remove_dead_nodes") == {"Relu": 1}
+
+
+def test_merge_common_subexpressions_merges_equal_nodes_only() -> None:
+    nodes = [
+        node("Exp", "x", "a"),
+        node("Exp", "x", "b"),
+        node("LeakyRelu", "x", "c", alpha=0.1),
+        node("LeakyRelu", "x", "d", alpha=0.2),
+    ]
+    made = model([*nodes, node("Sum", "a b c d", "y")], {"x": [2]}, ["y"])
+    assert after(made, "merge_common_subexpressions") == {"Exp": 1, "LeakyRelu": 2, "Sum": 1}
+
+
+def test_simplify_removes_what_changes_nothing() -> None:
+    nodes = [
+        node("Identity", "x", "a"),
+        node("Mul", "a one", "b"),
+        node("Cast", "b", "c", to=1),
+        node("Relu", "c", "y"),
+    ]
+    assert after(model(nodes, {"x": [2]}, ["y"], SCALAR), "simplify") == {"Relu": 1}
+
+
+def test_simplify_keeps_a_multiplication_by_one_that_widens() -> None:
+    made = model([node("Mul", "x k", "y")], {"x": [2]}, ["y"], {"k": np.ones((1, 1), np.float32)})
+    assert after(made, "simplify") == {"Mul": 1}
+
+
+def test_cancel_transposes() -> None:
+    nodes = [
+        node("Transpose", "x", "a", perm=[0, 2, 1]),
+        node("Transpose", "a", "b", perm=[0, 2, 1]),
+        node("Relu", "b", "y"),
+    ]
+    assert after(model(nodes, {"x": [2, 3, 4]}, ["y"]), "cancel_transposes", "simplify") == {"Relu": 1}
+
+
+GELU = [
+    node("Div", "x root2", "d"),
+    node("Erf", "d", "e"),
+    node("Add", "e one", "p"),
+    node("Mul", "x p", "m"),
+    node("Mul", "m half", "y"),
+]
+
+
+def test_fuse_gelu() -> None:
+    assert after(model(GELU, {"x": [3, 4]}, ["y"], SCALAR), "fuse_gelu") == {"Gelu": 1}
+
+
+def test_fuse_gelu_leaves_other_numbers_alone() -> None:
+    other = model(GELU, {"x": [3, 4]}, ["y"], {**SCALAR, "half": np.float32(0.4)})
+    assert "Gelu" not in after(other, "fuse_gelu")
+
+
+def test_fuse_silu_though_the_logistic_is_read_elsewhere() -> None:
+    made = model([node("Sigmoid", "x", "s"), node("Mul", "x s", "y")], {"x": [3, 4]}, ["y", "s"])
+    assert after(made, "fuse_silu") == {"Sigmoid": 1, "Swish": 1}
+
+
+NORM = [
+    node("ReduceMean", "x", "m", axes=[-1]), node("Sub", "x m", "c"), node("Pow", "c two", "q"),
+    node("ReduceMean", "q", "v", axes=[-1]), node("Add", "v eps", "w"), node("Sqrt", "w", "r"),
+    node("Div", "c r", "n"), node("Mul", "n scale", "o"), node("Add", "o bias", "y"),
+]  # fmt: skip
+NORM_WEIGHTS = {**SCALAR, "eps": np.float32(1e-5), "scale": weights(8), "bias": weights(8, seed=1)}
+
+
+def test_fuse_layer_norm() -> None:
+    assert after(model(NORM, {"x": ["n", 8]}, ["y"], NORM_WEIGHTS), "fuse_layer_norm") == {"LayerNormalization": 1}
+
+
+def test_fuse_layer_norm_needs_a_scale_along_the_row() -> None:
+    found = after(model(NORM, {"x": [8, 8]}, ["y"], {**NORM_WEIGHTS, "scale": weights(8, 1)}), "fuse_layer_norm")
+    assert "LayerNormalization" not in found
+
+
+def test_fuse_rms_norm() -> None:
+    nodes = [
+        node("Mul", "x x", "q"), node("ReduceMean", "q", "v", axes=[1]), node("Add", "v eps", "w"), node("Sqrt", "w", "r"),
+        node("Div", "x r", "n"), node("Mul", "scale n", "y"),
+    ]  # fmt: skip
+    assert after(model(nodes, {"x": [3, 8]}, ["y"], NORM_WEIGHTS), "fuse_rms_norm") == {"RMSNormalization": 1}
+
+
+def convolution(*tail: onnx.NodeProto, outputs: tuple[str, ...] = ("y",)) -> onnx.ModelProto:
+    parameters = {
+        "w": weights(3, 3, 3, 3),
+        "s": weights(3) + 1,
+        "b": weights(3),
+        "m": weights(3),
+        "v": weights(3) ** 2 + 1,
+    }
+    first = node("Conv", "x w", "c", pads=[1, 1, 1, 1])
+    return model([first, *tail], {"x": [1, 3, 6, 6]}, list(outputs), parameters)
+
+
+def test_fold_batch_norm_into_the_convolution() -> None:
+    assert after(convolution(node("BatchNormalization", "c s b m v", "y")), "fold_batch_norm") == {"Conv": 1}
+
+
+def test_fold_batch_norm_keeps_a_convolution_that_is_read_elsewhere() -> None:
+    made = convolution(node("BatchNormalization", "c s b m v", "y"), outputs=("y", "c"))
+    assert after(made, "fold_batch_norm") == {"Conv": 1, "BatchNormalization": 1}
+
+
+def test_fuse_convolution_takes_the_residual_and_the_activation() -> None:
+    made = convolution(node("Add", "x c", "a"), node("Relu", "a", "y"))
+    assert after(made, "fuse_convolution") == {"FusedConv": 1}
+
+
+def test_fuse_convolution_leaves_a_sum_that_broadcasts() -> None:
+    made = convolution(node("GlobalAveragePool", "x", "p"), node("Add", "c p", "y"))
+    assert after(made, "fuse_convolution") == {"FusedConv": 1, "GlobalAveragePool": 1, "Add": 1}
+
+
+def test_fuse_linear_takes_bias_residual_and_activation() -> None:
+    nodes = [node("MatMul", "x w", "p"), node("Add", "b p", "q"), node("Add", "q x", "r"), node("Relu", "r", "y")]
+    made = model(nodes, {"x": ["n", 5, 8]}, ["y"], {"w": weights(8, 8), "b": weights(8)})
+    assert after(made, "fuse_linear") == {"Linear": 1}
+
+
+def test_fuse_linear_from_gemm() -> None:
+    made = model([node("Gemm", "x w b", "y", transB=1)], {"x": ["n", 8]}, ["y"], {"w": weights(4, 8), "b": weights(4)})
+    assert after(made, "fuse_linear") == {"Linear": 1}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_fuse_attention(masked: bool) -> None:
+    nodes = [node("Transpose", "k", "t", perm=[0, 1, 3, 2]), node("MatMul", "q t", "s"), node("Div", "s two", "d")]
+    nodes += [node("Add", "d mask", "a")] if masked else [node("Identity", "d", "a")]
+    nodes += [node("Softmax", "a", "p", axis=-1), node("MatMul", "p v", "y")]
+    shape = ["b", 2, 5, 4]
+    made = model(nodes, {"q": shape, "k": shape, "v": shape}, ["y"], {**SCALAR, "mask": weights(1, 1, 5, 5)})
+    assert after(made, "simplify", "fuse_attention") == {"Transpose": 1, "ScaledDotProductAttention": 1}
