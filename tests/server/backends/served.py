@@ -79,16 +79,21 @@ class Served:
 
     def submit(self, model: str, inputs: Arrays, *, version: str = "", **options: Any) -> Asked:
         """Begin a request; ServerError where it is refused at once."""
+        asked = self.prepare(model, inputs, version=version, **options)
+        self.call(lambda: self.begin(asked))
+        return asked
+
+    def prepare(self, model: str, inputs: Arrays, *, version: str = "", **options: Any) -> Asked:
+        """A request that is not begun."""
         outputs: Sequence[str] | None = options.pop("outputs", None)
         if outputs is not None:
             options["outputs"] = [RequestedOutput(name) for name in outputs]
-        asked = Asked(self.loop, model, inputs, model_version=version, **options)
+        return Asked(self.loop, model, inputs, model_version=version, **options)
 
-        async def submit() -> None:
-            self.repository.model(model, version).submit(asked.request)
-
-        self.run(submit())
-        return asked
+    def begin(self, asked: Asked) -> None:
+        """In the event loop's thread, while the loop runs."""
+        request = asked.request
+        self.repository.model(request.model_name, request.model_version).submit(request)
 
     def responses(self, model: str, inputs: Arrays, **options: Any) -> list[InferResponse]:
         """Every response, up to the final one."""
