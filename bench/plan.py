@@ -130,9 +130,7 @@ def main() -> int:
                 result = compare(name, batch, args, folder)
                 results.append(result)
                 figures = "  ".join(f"{key} {value:.2f}" for key, value in result["ms"].items())
-                print(
-                    f"{name:14} batch {batch}  {figures} ms  ratio {result['ratio']:.2f}  build {result['build_s']:.1f} s"
-                )
+                print(f"{name:14} batch {batch}  {figures} ms  ratio {result['ratio']:.2f}")
                 sys.stdout.flush()
     ratios = [result["ratio"] for result in results]
     if args.peer:

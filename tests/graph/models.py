@@ -19,11 +19,12 @@ def model(
     dtype: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:
     """A model of float32 inputs with these shapes; weights are initialisers."""
+    of_any_shape = onnx.TypeProto(tensor_type=onnx.TypeProto.Tensor(elem_type=dtype))
     graph = helper.make_graph(
         list(nodes),
         "test",
         [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()],
-        [onnx.ValueInfoProto(name=name, type=onnx.TypeProto(tensor_type=onnx.TypeProto.Tensor())) for name in outputs],
+        [onnx.ValueInfoProto(name=name, type=of_any_shape) for name in outputs],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in (weights or {}).items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])

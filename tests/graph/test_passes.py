@@ -149,8 +149,8 @@ def test_fuse_layer_norm_needs_a_scale_along_the_row() -> None:
 
 def test_fuse_rms_norm() -> None:
     nodes = [
-        node("Mul", "x x", "q"), node("ReduceMean", "q", "v", axes=[1]), node("Add", "v eps", "w"), node("Sqrt", "w", "r"),
-        node("Div", "x r", "n"), node("Mul", "scale n", "y"),
+        node("Mul", "x x", "q"), node("ReduceMean", "q", "v", axes=[1]), node("Add", "v eps", "w"),
+        node("Sqrt", "w", "r"), node("Div", "x r", "n"), node("Mul", "scale n", "y"),
     ]  # fmt: skip
     assert after(model(nodes, {"x": [3, 8]}, ["y"], NORM_WEIGHTS), "fuse_rms_norm") == {"RMSNormalization": 1}
 

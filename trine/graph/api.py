@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,18 +181,19 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 def build(
     source: str | os.PathLike[str] | bytes | Any,
     *,
+    args: Sequence[torch.Tensor] | None = None,
     folder: Path | None = None,
     optimise: bool = True,
     tune: bool = True,
     timing_cache: str | os.PathLike[str] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
-    """Compile an ONNX file, its bytes or a ModelProto.
+    """Compile an ONNX file, its bytes, a ModelProto, or a torch module with example inputs `args`.
 
     `tune=False` takes the first candidate for each node instead of timing them; `timing_cache` is a file that keeps
     times for the next build; `shapes` are the inputs' shapes to tune for, where the model leaves them open.
     """
-    graph = import_model(source, folder)
+    graph = import_model(_exported(source, args) if isinstance(source, torch.nn.Module) else source, folder)
     if not optimise:
         return Plan(graph)
     effects = run_passes(graph)
@@ -208,6 +211,18 @@ def build(
         return Plan(graph, effects, choose_first(graph))  # made-up inputs that the model can't run on
     cache.save()
     return Plan(graph, effects, choices, kernels)
+
+
+def _exported(module: torch.nn.Module, args: Sequence[torch.Tensor] | None) -> bytes:
+    """The module as an ONNX model, for the shapes of `args`."""
+    if args is None:
+        raise ConfigurationError("a torch module needs args, example inputs to trace it with")
+    buffer = io.BytesIO()
+    write: Any = buffer  # the older exporter, which needs no further package, takes a buffer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, tuple(args), write, opset_version=17, dynamo=False)
+    return buffer.getvalue()
 
 
 def example_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> list[Any]:
