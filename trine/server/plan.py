@@ -111,8 +111,10 @@ class Plan:
         self.inputs.append(planned)
 
     def add_output(self, name: str, planned: OutputPlan) -> None:
-        if name not in self.answers:
-            self.outputs = (*(self.outputs or ()), RequestedOutput(name, planned.classification))
+        """Of an output asked for twice the first counts."""
+        if name in self.answers:
+            return
+        self.outputs = (*(self.outputs or ()), RequestedOutput(name, planned.classification))
         self.answers[name] = planned
         if planned.classification or planned.region is not None:
             self.plain = False
