@@ -166,10 +166,10 @@ async def test_members_with_and_without_a_batch_dimension_meet(tmp_path: Path) -
         output [{ name: "y" data_type: TYPE_FP32 dims: [4] }]""",
     )
     scaling(tmp_path, "scale", {"1": 2.0}, "max_batch_size: 8")
-    ensemble(tmp_path, "e", step("scale", "x", "mid") + "," + step("unbatched", "mid", "y"))
+    ensemble(tmp_path, "e", step("scale", "x", "mid") + "," + step("unbatched", "mid", "y"), batch=0)
     async with serving(tmp_path) as repository:
-        answer = await infer(repository, "e", {"x": np.ones((1, 4), np.float32)})
-        assert answer["y"].tolist() == [[2.0] * 4]
+        answer = await infer(repository, "e", {"x": np.ones(4, np.float32)})
+        assert answer["y"].tolist() == [2.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,30 @@ async def test_members_with_and_without_a_batch_dimension_meet(tmp_path: Path) -
         (step("scale", "nothing", "y"), "ensemble tensor 'nothing' is not mapped as output in any step"),
         (step("scale", "x", "z"), "no step makes its output 'y'"),
         (step("scale", "x", "y") + "," + step("scale", "x", "y"), "'y' is written more than once"),
-        (step("scale", "x", "y", names=("a", "y")), "maps input 'a', which the model does not have: it has x"),
+        (
+            step("scale", "x", "y", names=("a", "y")),
+            "tensor x is mapping to non-existing input a in model scale, which has x",
+        ),
         (
             step("scale", "a", "b") + "," + step("scale", "b", "a") + "," + step("scale", "x", "y"),
             "circular dependency",
         ),
+        (step("scale", "x", "y") + "," + step("scale", "x", "z"), "ensemble tensor 'z' is unused in ensemble 'e'"),
+        (
+            step("wide", "x", "y"),
+            "inconsistent shape: [-1,4] is inferred from model e while [-1,5] is inferred from model wide",
+        ),
+        (
+            step("small", "x", "y"),
+            "ensemble e allows maximum batch size 8, but it contains model small which only allows maximum batch size "
+            "to be 2",
+        ),
         (step("missing", "x", "y"), "ensemble e depends on 'missing' which has no loaded version"),
         (step("scale", "x", "y", version=9), "depends on 'scale' which has no loaded version 9"),
-        (step("whole", "x", "y", names=("n", "m")), "inconsistent data type: FP32 from ensemble input 'x', but INT64"),
+        (
+            step("whole", "x", "y", names=("n", "m")),
+            "ensemble tensor x: inconsistent data type: TYPE_FP32 is inferred from model e while TYPE_INT64 is inferred from model whole",
+        ),
     ],
 )
 async def test_a_graph_that_can_not_run_is_refused(tmp_path: Path, steps: str, message: str) -> None:
@@ -196,6 +212,13 @@ async def test_a_graph_that_can_not_run_is_refused(tmp_path: Path, steps: str, m
         """backend: "identity" max_batch_size: 8 input [{ name: "n" data_type: TYPE_INT64 dims: [4] }]
         output [{ name: "m" data_type: TYPE_INT64 dims: [4] }]""",
     )
+    for name, rows, width in (("wide", 8, 5), ("small", 2, 4)):
+        write_model(
+            tmp_path,
+            name,
+            f"""backend: "identity" max_batch_size: {rows} input [{{ name: "x" data_type: TYPE_FP32 dims: [{width}] }}]
+            output [{{ name: "y" data_type: TYPE_FP32 dims: [{width}] }}]""",
+        )
     ensemble(tmp_path, "e", steps)
     with pytest.raises(ModelLoadError) as refused:
         async with serving(tmp_path):
@@ -240,3 +263,17 @@ async def test_responses_of_decoupled_models_are_counted_by_their_index(tmp_path
         assert counted == {0: (2, 1), 1: (2, 0), 2: (0, 2)}
         assert sum(statistics.first_response.counts) == 3
         assert statistics.success.count == 3
+
+
+async def test_a_member_that_does_not_batch_takes_a_batch_as_a_shape(tmp_path: Path) -> None:
+    write_model(
+        tmp_path,
+        "whole",
+        """backend: "identity" input [{ name: "x" data_type: TYPE_FP32 dims: [-1, 4] }]
+        output [{ name: "y" data_type: TYPE_FP32 dims: [-1, 4] }]""",
+    )
+    scaling(tmp_path, "scale", {"1": 2.0}, "max_batch_size: 8")
+    ensemble(tmp_path, "e", step("scale", "x", "mid") + "," + step("whole", "mid", "y"))
+    async with serving(tmp_path) as repository:
+        answer = await infer(repository, "e", {"x": np.ones((3, 4), np.float32)})
+        assert answer["y"].tolist() == [[2.0] * 4] * 3

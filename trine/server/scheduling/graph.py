@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trine.core.errors import ConfigurationError
-from trine.server.configuration.types import datatype_name
+from trine.server.proto import pb
+from trine.server.validation import dims_text
 
 ModelConfig = Any
 
@@ -33,11 +34,33 @@ class Step:
         return self.index
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What one side of a tensor says of it; `full_dims` has the batch dimension too."""
+
+    model: str
+    data_type: int
+    dims: tuple[int, ...]
+    full_dims: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, tensor: Any) -> _End:
+        dims = tuple(tensor.dims)
+        return cls(config.name, tensor.data_type, dims, (-1, *dims) if config.max_batch_size else dims)
+
+
+def _match(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return len(one) == len(other) and all(
+        -1 in (first, second) or first == second for first, second in zip(one, other, strict=True)
+    )
+
+
 class Graph:
     """Steps in an order in which they can run, and who makes each tensor."""
 
     def __init__(self, config: ModelConfig, member_config: Callable[[str, str], ModelConfig]) -> None:
         self.name: str = config.name
+        self.config = config
         self.inputs = {tensor.name: tensor for tensor in config.input}
         self.outputs = {tensor.name: tensor for tensor in config.output}
         self.makers: dict[str, Step] = {}
@@ -71,13 +94,14 @@ class Graph:
             config,
             config.model_transaction_policy.decoupled,
         )
+        self._check_batch_size(made)
         self._check_names(made, "input", made.inputs, {tensor.name for tensor in config.input})
         self._check_names(made, "output", made.outputs, {tensor.name for tensor in config.output})
         for tensor in config.input:
             if not tensor.optional and tensor.name not in made.inputs:
                 raise ConfigurationError(
-                    f"in ensemble {self.name}, step of model '{made.model}' lacks input '{tensor.name}': add it to "
-                    "input_map"
+                    f"in ensemble {self.name}, input {tensor.name} in model {made.model} is not mapped to any ensemble "
+                    "tensors: add it to input_map"
                 )
         for tensor in made.outputs.values():
             if tensor in self.makers or tensor in self.inputs:
@@ -89,49 +113,64 @@ class Graph:
         return made
 
     def _check_names(self, step: Step, kind: str, mapped: Mapping[str, str], known: Collection[str]) -> None:
-        for name in mapped:
+        for name, tensor in mapped.items():
             if name not in known:
+                way = "mapping to" if kind == "input" else "mapped from"
                 raise ConfigurationError(
-                    f"in ensemble {self.name}, step of model '{step.model}' maps {kind} '{name}', which the model does "
-                    f"not have: it has {', '.join(sorted(known))}"
+                    f"in ensemble {self.name}, ensemble tensor {tensor} is {way} non-existing {kind} {name} in model "
+                    f"{step.model}, which has {', '.join(sorted(known))}"
                 )
 
     def _check_tensors(self, steps: list[Step]) -> None:
-        types: dict[str, tuple[int, str]] = {
-            name: (tensor.data_type, f"ensemble input '{name}'") for name, tensor in self.inputs.items()
-        }
+        """Every tensor is made and used, and both ends agree on its type and shape."""
+        ends: dict[str, _End] = {name: _End.of(self.config, tensor) for name, tensor in self.inputs.items()}
         for step in steps:
             by_name = {tensor.name: tensor for tensor in step.config.output}
-            for output, tensor in step.outputs.items():
-                types[tensor] = (by_name[output].data_type, f"output '{output}' of model '{step.model}'")
-        used: set[str] = set()
+            for output, name in step.outputs.items():
+                ends[name] = _End.of(step.config, by_name[output])
+        used = set(self.outputs)
         for step in steps:
             by_name = {tensor.name: tensor for tensor in step.config.input}
-            for name, tensor in step.inputs.items():
-                used.add(tensor)
-                if tensor not in types:
+            for name, source in step.inputs.items():
+                used.add(source)
+                if source not in ends:
                     raise ConfigurationError(
-                        f"in ensemble {self.name}, ensemble tensor '{tensor}' is not mapped as output in any step: no "
+                        f"in ensemble {self.name}, ensemble tensor '{source}' is not mapped as output in any step: no "
                         f"step makes it, but input '{name}' of model '{step.model}' needs it"
                     )
-                self._check_type(tensor, types[tensor], by_name[name].data_type, f"input '{name}' of '{step.model}'")
+                self._agree(source, ends[source], _End.of(step.config, by_name[name]))
         for name, tensor in self.outputs.items():
             if name not in self.makers:
                 raise ConfigurationError(
                     f"in ensemble {self.name}, no step makes its output '{name}': ensemble tensor '{name}' is unwritten"
                 )
-            self._check_type(name, types[name], tensor.data_type, f"ensemble output '{name}'")
-        for name in self.inputs:
+            self._agree(name, ends[name], _End.of(self.config, tensor))
+        for name in ends:
             if name not in used:
                 raise ConfigurationError(
-                    f"in ensemble {self.name}, ensemble tensor '{name}' is unused: no step takes this input"
+                    f"ensemble tensor '{name}' is unused in ensemble '{self.name}': no step takes it and it is no output"
                 )
 
-    def _check_type(self, tensor: str, made: tuple[int, str], wanted: int, by: str) -> None:
-        if made[0] != wanted:
+    def _agree(self, name: str, made: _End, taken: _End) -> None:
+        where = f"in ensemble {self.name}, ensemble tensor {name}: inconsistent"
+        if made.data_type != taken.data_type:
+            types = [pb.DataType.Name(end.data_type) for end in (made, taken)]
             raise ConfigurationError(
-                f"in ensemble {self.name}, ensemble tensor '{tensor}': inconsistent data type: "
-                f"{datatype_name(made[0])} from {made[1]}, but {datatype_name(wanted)} for {by}"
+                f"{where} data type: {types[0]} is inferred from model {made.model} while {types[1]} is inferred from "
+                f"model {taken.model}"
+            )
+        if not _match(made.dims, taken.dims) and not _match(made.full_dims, taken.full_dims):
+            raise ConfigurationError(
+                f"{where} shape: {dims_text(made.full_dims)} is inferred from model {made.model} while "
+                f"{dims_text(taken.full_dims)} is inferred from model {taken.model}"
+            )
+
+    def _check_batch_size(self, step: Step) -> None:
+        limit, allowed = step.config.max_batch_size, self.config.max_batch_size
+        if limit and limit < allowed:  # one that does not batch itself takes a batch as a shape
+            raise ConfigurationError(
+                f"ensemble {self.name} allows maximum batch size {allowed}, but it contains model {step.model} which "
+                f"only allows maximum batch size to be {limit}"
             )
 
     def _ordered(self, steps: list[Step]) -> list[Step]:
@@ -170,8 +209,7 @@ class Graph:
             for source in sources:
                 if source is not last and source.index not in last.ancestors:
                     raise ConfigurationError(
-                        f"in ensemble {self.name}, step of model '{step.model}' needs tensors of two decoupled models, "
-                        f"'{source.model}' and '{last.model}', neither of which follows the other: their responses "
-                        "can't be matched"
+                        f"in ensemble {self.name}, step of model '{step.model}' receives inputs originated from "
+                        f"different decoupled models, '{source.model}' and '{last.model}': their responses can't be matched"
                     )
             step.stream = last
