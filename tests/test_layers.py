@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "server": {"llm", "kernels", "core"},
     "service": {"server", "llm", "kernels", "core"},
     "evaluation": {"llm", "core"},
-    "benchmark": {"llm", "core"},
+    "benchmark": {"server", "llm", "core"},
     "diagnostics": {"llm", "kernels", "core"},
     "cli": {"service", "server", "evaluation", "benchmark", "diagnostics", "llm", "graph", "kernels", "core"},
 }
