@@ -175,6 +175,7 @@ class Scheduler:
             if held is not None:
                 held.extend(entry_scores)
         outputs = []
+        num_tokens = 0
         for position, entry in enumerate(step.sampled):
             sequence = step.sequences[entry]
             if sequence.status is Status.FINISHED:
@@ -189,32 +190,43 @@ class Scheduler:
                 outputs.append(self._output(sequence, [], None, error=why))
                 continue
             sequence.tokens.append(token)
-            self.stats.generated_tokens += 1
+            num_tokens += 1
             self._name_full_blocks(sequence)
             stop_id = self._end_if_done(sequence, token)
             k = sequence.params.logprobs
             kept = None if scores is None or k is None else scores[position].cut(k)
-            outputs.append(self._output(sequence, [token], kept, stop_token_id=stop_id))
+            outputs.append(self._output(sequence, [token], kept, stop_id))
+        self.stats.generated_tokens += num_tokens
         return outputs
 
     def _continue_running(self, plan: list[Assignment], step: Step, budget: int) -> int:
-        """Decodes first, so that a long prompt never stalls them; then running prefills."""
-        assigned: set[int] = set()
-        for decoding in (True, False):
-            for sequence in list(self.running):
-                remaining = sequence.num_tokens - sequence.num_computed
-                if not budget or sequence.status is not Status.RUNNING:
-                    continue
-                if remaining != 1 if decoding else remaining < 2:
-                    continue
-                if sequence.num_output >= sequence.max_tokens:
-                    continue  # its last token is in flight
-                count = min(remaining, budget)
-                if self._make_room(sequence, count, assigned, step):
-                    assigned.add(sequence.id)
-                    self._assign(plan, sequence, count)
-                    budget -= count
+        """Decodes first, so that a long prompt never stalls them; then running prefills.
+
+        Every running sequence comes by in every step, so that properties are spelled out here and below.
+        """
+        prefilling = []
+        for sequence in list(self.running):
+            remaining = len(sequence.tokens) + sequence.num_in_flight - sequence.num_computed
+            if remaining == 1:
+                budget -= self._continue(sequence, min(1, budget), plan, step)
+            elif remaining > 1:
+                prefilling.append(sequence)
+        for sequence in prefilling:
+            remaining = sequence.num_tokens - sequence.num_computed
+            budget -= self._continue(sequence, min(remaining, budget), plan, step)
         return budget
+
+    def _continue(self, sequence: Sequence, count: int, plan: list[Assignment], step: Step) -> int:
+        """Assign a running sequence its next `count` tokens; returns how many it got."""
+        if count == 0 or sequence.status is not Status.RUNNING:
+            return 0
+        if len(sequence.tokens) + sequence.num_in_flight - sequence.num_prompt >= sequence.max_tokens:
+            return 0  # its last token is in flight
+        fits = sequence.num_computed + count <= len(sequence.block_ids) * self.limits.block_size
+        if not fits and not self._make_room(sequence, count, plan, step):
+            return 0
+        self._assign(plan, sequence, count)
+        return count
 
     def _admit_waiting(self, plan: list[Assignment], step: Step, budget: int, now: float) -> None:
         while budget and self._waiting and self._free_rows:
@@ -261,9 +273,10 @@ class Scheduler:
         if hits:
             step.new_blocks.append(NewBlocks(sequence.row, 0, list(hits)))
 
-    def _make_room(self, sequence: Sequence, count: int, assigned: set[int], step: Step) -> bool:
+    def _make_room(self, sequence: Sequence, count: int, plan: list[Assignment], step: Step) -> bool:
         """Blocks for `count` more tokens, preempting the least urgent if need be; False if that is `sequence`."""
         while not self._append_blocks(sequence, count, step):
+            assigned = {assignment.sequence.id for assignment in plan}
             victim = next(running for running in reversed(self.running) if running.id not in assigned)
             self._preempt(victim)
             if victim is sequence:
@@ -291,23 +304,28 @@ class Scheduler:
 
     def _fill(self, step: Step, plan: list[Assignment]) -> None:
         """Write the plan as a snapshot, decodes first, and count the tokens that will be in flight."""
-        plan.sort(key=lambda assignment: assignment.num_tokens > 1)
+        decodes = [assignment for assignment in plan if assignment.num_tokens == 1]
+        if len(decodes) < len(plan):
+            plan = decodes + [assignment for assignment in plan if assignment.num_tokens > 1]
+        step.num_decodes = len(decodes)
+        step.sequences = [sequence for sequence, _, _ in plan]
+        step.rows = [sequence.row for sequence in step.sequences]
+        step.starts = [start for _, start, _ in plan]
+        step.counts = [count for _, _, count in plan]
+        tokens, sampled, output_index = step.tokens, step.sampled, step.output_index
         for entry, (sequence, start, count) in enumerate(plan):
             end = start + count
-            step.sequences.append(sequence)
-            step.rows.append(sequence.row)
-            step.starts.append(start)
-            step.counts.append(count)
-            step.num_decodes += count == 1
-            step.tokens.append(None if sequence.num_in_flight else sequence.tokens[start:end])
+            in_flight = sequence.num_in_flight
+            known = sequence.tokens
+            tokens.append(None if in_flight else known[start:end])
             if sequence.prompt_scores is not None and start < sequence.num_prompt - 1:
-                step.prompt_targets[entry] = sequence.tokens[start + 1 : min(end + 1, sequence.num_prompt)]
-            if end == sequence.num_tokens:
+                step.prompt_targets[entry] = known[start + 1 : min(end + 1, sequence.num_prompt)]
+            if end == len(known) + in_flight:
                 if sequence.grammar is not None:
-                    step.guided.append(len(step.sampled))
-                step.sampled.append(entry)
-                step.output_index.append(sequence.num_output)
-                sequence.num_in_flight += 1
+                    step.guided.append(len(sampled))
+                sampled.append(entry)
+                output_index.append(end - sequence.num_prompt)
+                sequence.num_in_flight = in_flight + 1
 
     # --- changes of state ------------------------------------------------------------------------------------------
 
@@ -375,21 +393,20 @@ class Scheduler:
         sequence: Sequence,
         token_ids: list[int],
         scores: TokenScores | None,
-        *,
         stop_token_id: int | None = None,
         error: str | None = None,
     ) -> SequenceOutput:
         is_first = len(sequence.tokens) - sequence.num_prompt <= 1
         return SequenceOutput(
-            id=sequence.id,
-            token_ids=token_ids,
-            scores=None if scores is None else [scores],
-            finish_reason=sequence.finish_reason,
-            stop_token_id=stop_token_id,
-            num_cached_tokens=max(sequence.num_cached, 0),
-            prompt_scores=sequence.prompt_scores if is_first else None,
-            first_scheduled=sequence.first_scheduled,
-            error=error,
+            sequence.id,
+            token_ids,
+            None if scores is None else [scores],
+            sequence.finish_reason,
+            stop_token_id,
+            max(sequence.num_cached, 0),
+            sequence.prompt_scores if is_first else None,
+            sequence.first_scheduled,
+            error,
         )
 
     def check(self) -> None:
