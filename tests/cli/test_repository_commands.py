@@ -39,6 +39,13 @@ def test_check_names_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Did you mean 'max_batch_size'" in problems["typo"]
     assert "model.onnx" in problems["corrupt"]
     assert "depends on 'nothing'" in problems["ensemble"]
+    (tmp_path / "typo" / "config.pbtxt").write_text(
+        (tmp_path / "ensemble" / "config.pbtxt").read_text().replace("nothing", "ensemble")
+    )
+    ensemble = tmp_path / "ensemble" / "config.pbtxt"
+    ensemble.write_text(ensemble.read_text().replace("nothing", "typo"))
+    assert main(["check", str(tmp_path)]) == 1
+    assert "circular dependency between ensembles: typo -> ensemble -> typo" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "none")]) == 1
     assert "is not a folder" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from trine.server.backends.base import Device
 from trine.server.errors import Code, ServerError
 from trine.server.repository.files import ModelFolder
 from trine.server.repository.loader import BackendRegistry, Loader, Plan, discard, members, placements
+from trine.server.repository.planning import check_circle
 from trine.server.repository.repository import count_gpus
 from trine.server.repository.settings import RepositorySettings
 from trine.server.repository.sources import Sources
@@ -61,6 +62,7 @@ def _check_plan(
     name = folder.name
     try:
         if members(plan.config):
+            check_circle(plan.config, lambda member: plans[member].config if member in plans else None)
             Graph(plan.config, lambda member, version: _member(name, plans, member, version))
         check_samples(plan.config, folder.path)
         States(plan.config, folder.path)

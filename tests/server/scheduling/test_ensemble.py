@@ -226,6 +226,35 @@ async def test_a_graph_that_can_not_run_is_refused(tmp_path: Path, steps: str, m
     assert message in refused.value.message
 
 
+async def test_streams_that_can_not_be_matched_are_refused(tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        slow(tmp_path, name, "model_transaction_policy { decoupled: true }")
+    write_model(
+        tmp_path,
+        "e",
+        f"""platform: "ensemble" max_batch_size: 8 input [{{ name: "x" data_type: TYPE_FP32 dims: [1] }}]
+        output [{{ name: "a" data_type: TYPE_FP32 dims: [1] }}, {{ name: "b" data_type: TYPE_FP32 dims: [1] }}]
+        ensemble_scheduling {{ step [ {step("left", "x", "a", names=IO)}, {step("right", "x", "b", names=IO)} ] }}""",
+    )
+    with pytest.raises(ModelLoadError, match="receives inputs originated from different decoupled models"):
+        async with serving(tmp_path):
+            pass
+
+
+async def test_an_ensemble_can_not_become_its_own_member(tmp_path: Path) -> None:
+    scaling(tmp_path, "scale", {"1": 2.0}, "max_batch_size: 8")
+    ensemble(tmp_path, "inner", step("scale", "x", "y"))
+    ensemble(tmp_path, "outer", step("inner", "x", "y"))
+    async with serving(tmp_path, control_mode="explicit", load_models=("*",)) as repository:
+        ensemble(tmp_path, "inner", step("outer", "x", "y"))
+        with pytest.raises(ServerError, match="circular dependency between ensembles: inner -> outer -> inner"):
+            await repository.load("inner")
+        assert (await infer(repository, "outer", {"x": row(1, 1, 1, 1)}))["y"].tolist() == [[2.0] * 4]
+    async with serving(tmp_path, control_mode="explicit") as repository:
+        with pytest.raises(ServerError, match="failed to load 'inner'"):
+            await repository.load("inner")
+
+
 async def test_a_member_that_is_swapped_is_used_at_once_and_one_unloaded_is_missed(tmp_path: Path) -> None:
     scaling(tmp_path, "scale", {"1": 2.0}, "max_batch_size: 8")
     ensemble(tmp_path, "e", step("scale", "x", "y"))

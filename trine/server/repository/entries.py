@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trine.server.errors import Code, ServerError
 from trine.server.model import ServedModel
 from trine.server.repository.files import Signature
 
@@ -90,3 +91,15 @@ def status_table(entries: list[IndexEntry]) -> str:
         rows.append((entry.name, entry.version, status))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"  {name:<{widths[0]}}  {version:<{widths[1]}}  {status}" for name, version, status in rows)
+
+
+def no_model(name: str, version: str, entry: ModelEntry | None) -> ServerError:
+    """Why a request for `name` and `version` can't be served, in the words that Triton's clients know."""
+    start = "Request for unknown model: "
+    if entry is None or not entry.versions:
+        return ServerError(f"{start}'{name}' is not found", Code.NOT_FOUND)
+    if not version:
+        return ServerError(f"{start}'{name}' has no available versions", Code.NOT_FOUND)
+    if version not in entry.versions:
+        return ServerError(f"{start}'{name}' version {version} is not found", Code.NOT_FOUND)
+    return ServerError(f"{start}'{name}' version {version} is not at ready state", Code.UNAVAILABLE)

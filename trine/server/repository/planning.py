@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from trine.core.errors import TrineError
+from trine.core.errors import ConfigurationError, TrineError
 from trine.server.repository.loader import Plan, members
 
 ModelConfig = Any
@@ -35,6 +36,22 @@ def in_dependency_order(plans: list[Plan]) -> list[list[Plan]]:
         for plan in stage:
             del remaining[plan.folder.name]
     return stages
+
+
+def check_circle(config: ModelConfig, config_of: Callable[[str], ModelConfig | None]) -> None:
+    """ConfigurationError where an ensemble is, by way of its members, a member of itself."""
+    way: list[str] = []
+
+    def visit(name: str, found: ModelConfig | None) -> None:
+        if name in way:
+            circle = " -> ".join([*way[way.index(name) :], name])
+            raise ConfigurationError(f"circular dependency between ensembles: {circle}")
+        way.append(name)
+        for member, _ in members(found):
+            visit(member, config if member == config.name else config_of(member))
+        way.pop()
+
+    visit(config.name, config)
 
 
 def differ_in_instances_only(served: ModelConfig, wanted: ModelConfig) -> bool:

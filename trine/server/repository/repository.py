@@ -32,12 +32,13 @@ from trine.server.repository.entries import (
     IndexEntry,
     ModelEntry,
     VersionEntry,
+    no_model,
     status_table,
     version_order,
 )
 from trine.server.repository.files import ModelFolder, Signature
 from trine.server.repository.loader import BackendRegistry, Loader, Plan, members, placements
-from trine.server.repository.planning import differ_in_instances_only, in_dependency_order, message_of
+from trine.server.repository.planning import check_circle, differ_in_instances_only, in_dependency_order, message_of
 from trine.server.repository.settings import RepositorySettings
 from trine.server.repository.sources import Sources, write_files
 from trine.server.repository.watcher import Watcher
@@ -48,6 +49,8 @@ from trine.server.traffic import TrafficSplit
 from trine.server.warmup import rehearse
 
 logger = logging.getLogger("trine.server")
+
+ModelConfig = Any
 
 _FAILED_SECONDS = 1.0  # a model that could not be loaded on demand is not tried again for so long
 _LONGEST_BREATH = 0.05  # seconds between two swaps at most
@@ -94,17 +97,7 @@ class Repository:
                 found = entry.versions.get(version)
                 if found is not None and found.model is not None:
                     return found.model
-        raise self._no_model(name, version, entry)
-
-    def _no_model(self, name: str, version: str, entry: ModelEntry | None) -> ServerError:
-        start = "Request for unknown model: "
-        if entry is None or not entry.versions:
-            return ServerError(f"{start}'{name}' is not found", Code.NOT_FOUND)
-        if not version:
-            return ServerError(f"{start}'{name}' has no available versions", Code.NOT_FOUND)
-        if version not in entry.versions:
-            return ServerError(f"{start}'{name}' version {version} is not found", Code.NOT_FOUND)
-        return ServerError(f"{start}'{name}' version {version} is not at ready state", Code.UNAVAILABLE)
+        raise no_model(name, version, entry)
 
     def index(self, ready: bool = False) -> list[IndexEntry]:
         """Every version of every model; `ready`: only those that answer requests."""
@@ -350,13 +343,18 @@ class Repository:
         return failures
 
     async def _load_with_members(
-        self, folder: ModelFolder, folders: Mapping[str, ModelFolder], override: str | None = None
+        self,
+        folder: ModelFolder,
+        folders: Mapping[str, ModelFolder],
+        override: str | None = None,
+        above: tuple[str, ...] = (),
     ) -> None:
-        """Load a model; of an ensemble, first the members that are not served yet."""
+        """Load a model; of an ensemble, first the members that are not served yet. `above`: whose member it is."""
         plan = await self._plan(folder, override)
+        above = (*above, folder.name)
         for member, version in members(plan.config):
-            if not self.is_ready(member, version) and member in folders and member != folder.name:
-                await self._load_with_members(folders[member], folders)
+            if not self.is_ready(member, version) and member in folders and member not in above:
+                await self._load_with_members(folders[member], folders, above=above)
         await self._take_up(plan)
 
     async def _plan(self, folder: ModelFolder, override: str | None = None) -> Plan:
@@ -382,6 +380,7 @@ class Repository:
     async def _take_up(self, plan: Plan) -> None:
         """Serve a plan: load versions that are new or have changed, withdraw those that are not in it any more."""
         entry = self._entries.setdefault(plan.folder.name, ModelEntry(plan.folder.name))
+        check_circle(plan.config, self._config_of)
         async with entry.lock:
             failures: list[str] = []
             same = entry.config is not None and entry.files == plan.signature and entry.config == plan.config
@@ -404,6 +403,10 @@ class Repository:
             entry.config, entry.files = plan.config, plan.signature
             for version in [version for version in entry.versions if version not in plan.versions]:
                 self._withdraw(entry, version)
+
+    def _config_of(self, name: str) -> ModelConfig | None:
+        entry = self._entries.get(name)
+        return entry.newest.config if entry is not None and entry.newest is not None else None
 
     async def _resize(self, model: ServedModel, plan: Plan) -> None:
         """Only instance groups have changed: instances come and go, the weights and the queue stay."""
@@ -584,7 +587,7 @@ class Repository:
     def _entry(self, name: str) -> ModelEntry:
         entry = self._entries.get(name)
         if entry is None or entry.newest is None:
-            raise self._no_model(name, "", entry)
+            raise no_model(name, "", entry)
         return entry
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -148,7 +148,8 @@ class Graph:
         for name in ends:
             if name not in used:
                 raise ConfigurationError(
-                    f"ensemble tensor '{name}' is unused in ensemble '{self.name}': no step takes it and it is no output"
+                    f"ensemble tensor '{name}' is unused in ensemble '{self.name}': no step takes it, and it is no "
+                    "output"
                 )
 
     def _agree(self, name: str, made: _End, taken: _End) -> None:
@@ -200,16 +201,19 @@ class Graph:
 
     def _find_streams(self) -> None:
         """For each step, the last decoupled step before it; all others before it must lie before that one."""
-        by_index = {step.index: step for step in self.steps}
         for step in self.steps:
-            sources = [by_index[index] for index in step.ancestors if by_index[index].decoupled]
-            if not sources:
-                continue
-            last = max(sources, key=lambda source: len(source.ancestors))
-            for source in sources:
-                if source is not last and source.index not in last.ancestors:
-                    raise ConfigurationError(
-                        f"in ensemble {self.name}, step of model '{step.model}' receives inputs originated from "
-                        f"different decoupled models, '{source.model}' and '{last.model}': their responses can't be matched"
-                    )
-            step.stream = last
+            step.stream = self._last_source(step.ancestors, step.model)
+        behind = {index for name in self.outputs for index in (self.makers[name].index, *self.makers[name].ancestors)}
+        self._last_source(behind, self.name)
+
+    def _last_source(self, indices: Collection[int], model: str) -> Step | None:
+        """The decoupled step among these that all others among them lie before."""
+        sources = [step for step in self.steps if step.index in indices and step.decoupled]
+        last = max(sources, key=lambda source: len(source.ancestors), default=None)
+        for source in sources:
+            if last is not None and source is not last and source.index not in last.ancestors:
+                raise ConfigurationError(
+                    f"in ensemble {self.name}, step of model '{model}' receives inputs originated from different "
+                    f"decoupled models: responses of '{source.model}' and '{last.model}' can't be matched"
+                )
+        return last
