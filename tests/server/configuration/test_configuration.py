@@ -128,6 +128,13 @@ def completed(text: str, gpus: int = 0) -> Any:
             "must specify exactly one of 'int32_false_true'",
         ),
         (
+            BASE
+            + """sequence_batching { control_input [{ name: "s" control [
+            { kind: CONTROL_SEQUENCE_START int32_false_true: [0, 1] },
+            { kind: CONTROL_SEQUENCE_END int32_false_true: [0, 1] }] }] }""",
+            "control tensor 's' is specified for multiple control kinds for m",
+        ),
+        (
             BASE + 'batch_input [{ kind: BATCH_ITEM_SHAPE target_name: "t" data_type: TYPE_INT8 source_input: "i" }]',
             "batch input data type must be TYPE_INT32 or TYPE_FP32",
         ),

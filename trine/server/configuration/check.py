@@ -219,6 +219,11 @@ def _check_sequence_batching(config: ModelConfig) -> None:
     for control_input in batching.control_input:
         if not control_input.name:
             raise ConfigurationError(f"sequence batching control tensor must have a name for {config.name}")
+        if len(control_input.control) > 1:
+            raise ConfigurationError(
+                f"sequence batching control tensor '{control_input.name}' is specified for multiple control kinds for "
+                f"{config.name}: give each kind a tensor of its own"
+            )
         for control in control_input.control:
             _check_control(config, control_input.name, control, seen)
     _check_states(config)
