@@ -55,7 +55,7 @@ class LlmInstance:
         # TensorRT-LLM's back end repeats the prompt unless it is told not to.
         self._excludes = excludes if excludes is not None else not self._tokens
         self._tasks: set[asyncio.Task[None]] = set()
-        self._running: dict[str, InferRequest] = {}
+        self._running: dict[str, Answer] = {}
 
     @property
     def engine(self) -> AsyncLLM:
@@ -123,28 +123,21 @@ class LlmInstance:
             for stream in streams:
                 stream.cancel()
             raise
-        if request.id:
-            self._running[request.id] = request
-
-        def cancel() -> None:
-            for stream in streams:
-                stream.cancel()
-            for task in tasks:
-                task.cancel()
-            self._end(request)
-            respond(request, InferResponse(error=ServerError("Request cancelled", Code.CANCELLED)))
-
         answer = Answer(self, request, respond, generations)
-        tasks = [self._task(answer.follow(generation)) for generation in generations]
-        request.on_cancel = cancel
+        if request.id:
+            self._running[request.id] = answer
+        answer.tasks = [self._task(answer.follow(generation)) for generation in generations]
+        request.on_cancel = answer.cancel
         if request.cancelled:
-            cancel()
+            answer.cancel()
 
     def _stop(self, request: InferRequest, respond: Respond) -> None:
-        """TensorRT-LLM's way to cancel: a request with the same id and `stop` set."""
+        """TensorRT-LLM's way to end a request early: another with the same id and `stop` set."""
+        if not request.id:
+            raise ServerError("Trying to stop a request but request ID is not provided", Code.INTERNAL)
         running = self._running.get(request.id)
         if running is not None:
-            running.cancel()
+            running.stop()
         respond(request, InferResponse())
 
     def _task(self, coroutine: Any) -> asyncio.Task[None]:
@@ -153,9 +146,11 @@ class LlmInstance:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _end(self, request: InferRequest) -> None:
+    def ended(self, answer: Answer) -> None:
+        """A request has its final response, or is about to."""
+        request = answer.request
         request.on_cancel = None
-        if self._running.get(request.id) is request:
+        if self._running.get(request.id) is answer:
             del self._running[request.id]
 
     def wanted(self, request: InferRequest, reader: RequestReader) -> list[tuple[str, str, int]]:
@@ -220,12 +215,38 @@ class Answer:
     def __init__(
         self, instance: LlmInstance, request: InferRequest, respond: Respond, generations: list[Generation]
     ) -> None:
+        self.request = request
+        self.tasks: list[asyncio.Task[None]] = []
         self._instance = instance
-        self._request = request
         self._respond = respond
         self._generations = generations
         self._left = len(generations)
         self._results: dict[int, RequestOutput] = {}
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._halt()
+        self._instance.ended(self)
+        self._respond(self.request, InferResponse(error=ServerError("Request cancelled", Code.CANCELLED)))
+
+    def stop(self) -> None:
+        """What there is so far is all there will be."""
+        self._halt()
+        if any(generation.streaming for generation in self._generations):
+            self._instance.ended(self)
+            self._respond(self.request, InferResponse())
+            return
+        for generation in self._generations:
+            assert generation.stream is not None
+            self._results.setdefault(generation.row, generation.stream.state.result())
+        self._send_results()
+
+    def _halt(self) -> None:
+        for generation in self._generations:
+            if generation.stream is not None:
+                generation.stream.cancel()
+        for task in self.tasks:
+            task.cancel()
 
     async def follow(self, generation: Generation) -> None:
         """Until the row is done."""
@@ -249,13 +270,13 @@ class Answer:
 
     def _fail(self, error: ServerError) -> None:
         """The request ends; its other rows with it."""
-        if self._request.done:
+        if self.request.done:
             return
         for generation in self._generations:
             if generation.stream is not None:
                 generation.stream.cancel()
-        self._instance._end(self._request)
-        self._respond(self._request, InferResponse(error=error))
+        self._instance.ended(self)
+        self._respond(self.request, InferResponse(error=error))
 
     async def _send_deltas(self, generation: Generation, stream: RequestStream) -> None:
         unfinished = generation.params.n
@@ -275,7 +296,7 @@ class Answer:
                 final = not unfinished and self._left == 1
                 if delta.text or by_token or delta.finish_reason is not None:
                     if final:
-                        self._instance._end(self._request)
+                        self._instance.ended(self)
                     self._send_delta(generation, stream, delta, final=final)
         self._left -= 1
 
@@ -290,17 +311,16 @@ class Answer:
             delta.finish_reason,
         )
         values = Values(generation, [piece], stream.prompt_token_ids, streaming=True)
-        self._respond(self._request, InferResponse(self._tensors(generation, [values]), final=final))
+        self._respond(self.request, InferResponse(self._tensors(generation, [values]), final=final))
 
     def _send_results(self) -> None:
         """One response with every row; with token ids and several rows, one each, as TensorRT-LLM's back end does."""
-        instance, request = self._instance, self._request
         rows = [
             Values(generation, self._results[generation.row].outputs, self._results[generation.row].prompt_token_ids)
             for generation in self._generations
         ]
-        instance._end(request)
-        self._respond(request, InferResponse(self._tensors(self._generations[0], rows), final=True))
+        self._instance.ended(self)
+        self._respond(self.request, InferResponse(self._tensors(self._generations[0], rows), final=True))
 
     def _tensors(self, generation: Generation, rows: Sequence[Values]) -> list[Tensor]:
         """The wanted outputs of these rows."""

@@ -129,7 +129,7 @@ def sampling_params(reader: RequestReader) -> SamplingParams:
 def word_ids(reader: RequestReader, name: str) -> list[list[int]]:
     """TensorRT-LLM's word lists: a row of token ids, and a row with the end of each word in it, -1 after the last."""
     array = reader.array(name)
-    if array is None:
+    if array is None or not array.size:
         return []
     rows = array.reshape(-1, array.shape[-1]) if array.ndim >= 2 else None
     if rows is None or rows.shape[0] != 2:
