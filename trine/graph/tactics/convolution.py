@@ -26,7 +26,7 @@ _POST_OPS: dict[str, tuple[str, list[float], str | None]] = {
 """What oneDNN calls each activation, with its numbers and its variant."""
 
 
-@tactic("FusedConv", "onednn")
+@tactic("FusedConv", "onednn", channels_last=True)
 def onednn(node: Node) -> Kernel | None:
     """Weights in the library's own layout; sum and activation done on each block while it is in the cache."""
     if not torch.backends.mkldnn.is_available():
@@ -65,11 +65,11 @@ def onednn(node: Node) -> Kernel | None:
     return run
 
 
-@tactic("FusedConv", "torch_channels_last")
-def torch_channels_last(node: Node) -> Kernel | None:
-    """torch's convolution, the activation after it."""
+@tactic("FusedConv", "torch", channels_last=True)
+def torch_convolution(node: Node) -> Kernel | None:
+    """torch's convolution, the activation after it: for a torch without oneDNN."""
     weight = node.inputs[1]
-    if weight is None or not weight.is_constant:
+    if weight is None or not weight.is_constant or torch.backends.mkldnn.is_available():
         return None
     attributes = node.attributes
     pads = list(attributes["pads"])
@@ -86,7 +86,7 @@ def torch_channels_last(node: Node) -> Kernel | None:
     return run
 
 
-@tactic("ConvTranspose", "torch_channels_last")
+@tactic("ConvTranspose", "torch", channels_last=True)
 def transposed(node: Node) -> Kernel | None:
     """torch's, with its own padding and bias, where the node is of the plain kind."""
     a, weight = node.attributes, node.inputs[1]

@@ -19,18 +19,25 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Tactic:
+    """`channels_last` ones take and give images with the channels innermost.
+
+    Where one applies to a node it is timed on such images, and the operator's own meaning (which keeps the layout that it
+    is given) does not compete: changing layouts to and fro would cost more than any kernel gains.
+    """
+
     name: str
     make: Maker
+    channels_last: bool = False
 
 
 TACTICS: dict[str, list[Tactic]] = {}
 
 
-def tactic(op: str, name: str) -> Callable[[Maker], Maker]:
+def tactic(op: str, name: str, *, channels_last: bool = False) -> Callable[[Maker], Maker]:
     """Register a maker of kernels for nodes `op`. The first that applies runs where nothing is timed."""
 
     def register(make: Maker) -> Maker:
-        TACTICS.setdefault(op, []).append(Tactic(name, make))
+        TACTICS.setdefault(op, []).append(Tactic(name, make, channels_last))
         return make
 
     return register

@@ -77,7 +77,8 @@ def problem_key(node: Node, inputs: Sequence[Any]) -> str:
     ]
     constant = [value is not None and value.is_constant for value in node.inputs]
     attributes = {key: str(value) for key, value in sorted(node.attributes.items())}
-    text = json.dumps([device_key(), node.op, attributes, shapes, constant])
+    options = [(option.name, option.channels_last) for option in candidates(node)]
+    text = json.dumps([device_key(), node.op, attributes, shapes, constant, options])
     return f"{node.op}:{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
@@ -137,6 +138,9 @@ def choose_first_in_subgraphs(graph: Graph) -> dict[Node, Choice]:
 
 
 def _fastest(node: Node, inputs: list[Any], cache: TimingCache) -> tuple[Choice, Kernel | None]:
+    channels_last = any(option.channels_last for option in candidates(node))
+    if channels_last:
+        inputs = [_channels_last(value) for value in inputs]
     key = problem_key(node, inputs)
     known = cache.times.get(key)
     if known:
@@ -154,10 +158,18 @@ def _fastest(node: Node, inputs: list[Any], cache: TimingCache) -> tuple[Choice,
             made[option.name] = kernel
         except (RuntimeError, ValueError, TypeError):
             continue  # it does not take this problem
-    times[REFERENCE] = _time(reference, inputs)
+    if not (channels_last and times):
+        times[REFERENCE] = _time(reference, inputs)
     cache.times[key] = times
     best = min(times, key=lambda name: times[name])
     return Choice(best, times), made.get(best)
+
+
+def _channels_last(value: Any) -> Any:
+    """An image with its channels innermost; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
 
 
 def _from_cache(node: Node, known: dict[str, float]) -> tuple[Choice, Kernel | None]:
