@@ -278,7 +278,9 @@ class Run:
         }
 
     def _as_output(self, tensor: Tensor) -> Tensor:
-        """With or without a batch dimension, as the ensemble has it."""
+        """With or without a batch dimension as the ensemble has it, where the member has it otherwise."""
+        if tensor.name not in self._scheduler.graph.adapted:
+            return tensor  # whatever its shape
         return _with_rank(tensor, self._scheduler.batches, len(self._scheduler.graph.outputs[tensor.name].dims))
 
 

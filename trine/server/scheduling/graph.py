@@ -69,6 +69,9 @@ class Graph:
         self.steps = self._ordered(steps)
         self._find_streams()
         self.decoupled = any(step.decoupled for step in steps)
+        batches = config.max_batch_size > 0
+        self.adapted = {name for name, step in self.makers.items() if (step.config.max_batch_size > 0) != batches}
+        """Tensors of members that have a batch dimension where the ensemble has none, or the other way round."""
         self._pruned: dict[frozenset[str], list[Step]] = {}
 
     def needed(self, outputs: Collection[str]) -> list[Step]:
