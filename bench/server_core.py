@@ -2,9 +2,9 @@
 
     python bench/server_core.py
 
-Two models, FP32[16] each: `identity`, and a small ONNX perceptron (16 → 64 → 64 → 10), both with dynamic batching. CPU of the
-process a request, the client's share (making the request, about 3 µs) included, with 1 and with 32 requests in flight.
-Answers are checked against numpy.
+Two models, FP32[16] each: `identity`, and a small ONNX perceptron (16 → 64 → 64 → 10), both with dynamic batching. CPU
+time of the process a request with 1 and with 32 requests in flight, the client's share included (making the request,
+about 3 µs). Answers are checked against numpy.
 """
 
 from __future__ import annotations
