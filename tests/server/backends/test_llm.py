@@ -24,6 +24,7 @@ TOKENS = """
       { name: "request_output_len" data_type: TYPE_INT32 dims: [ 1 ] },
       { name: "end_id" data_type: TYPE_INT32 dims: [ 1 ] reshape: { shape: [ ] } optional: true },
       { name: "runtime_top_k" data_type: TYPE_INT32 dims: [ 1 ] reshape: { shape: [ ] } optional: true },
+      { name: "temperature" data_type: TYPE_FP32 dims: [ 1 ] reshape: { shape: [ ] } optional: true },
       { name: "beam_width" data_type: TYPE_INT32 dims: [ 1 ] reshape: { shape: [ ] } optional: true },
       { name: "stop_words_list" data_type: TYPE_INT32 dims: [ 2, -1 ] optional: true },
       { name: "bad_words_list" data_type: TYPE_INT32 dims: [ 2, -1 ] optional: true },
@@ -217,6 +218,14 @@ def test_token_ids_in_token_ids_out(served: Served, tokenizer: Tokenizer) -> Non
     answer = served.ask("tokens", prompt | {"exclude_input_in_output": YES[None], "return_log_probs": YES[None]})
     assert tokenizer.decode(answer["output_ids"][0, 0].tolist()) == CONTINUED
     assert answer["cum_log_probs"][0, 0] < 0
+
+
+def test_a_temperature_alone_is_greedy_with_token_ids(served: Served, tokenizer: Tokenizer) -> None:
+    prompt = ids(tokenizer, "Count: 1 2 3") | {"exclude_input_in_output": YES[None]}
+    hot = {"temperature": np.array([[50.0]], np.float32)}
+    assert tokenizer.decode(served.ask("tokens", prompt | hot)["output_ids"][0, 0].tolist()) == CONTINUED
+    sampled = served.ask("tokens", prompt | hot | {"runtime_top_k": integers(1000)[None]})
+    assert tokenizer.decode(sampled["output_ids"][0, 0].tolist()) != CONTINUED
 
 
 def test_token_ids_stream(served: Served, tokenizer: Tokenizer) -> None:

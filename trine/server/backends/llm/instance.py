@@ -189,7 +189,7 @@ class Generation:
         self.id = f"{request.id}:{row}" if request.id and rows > 1 else None
 
     def _params(self, instance: LlmInstance) -> SamplingParams:
-        params = sampling_params(self.reader)
+        params = sampling_params(self.reader, temperature_samples=not instance._tokens)
         if self.logprobs:
             params = params.replace(logprobs=0)
         if not instance._tokens:

@@ -97,10 +97,11 @@ class RequestReader:
         return bool(self.scalar(name, bool))
 
 
-def sampling_params(reader: RequestReader) -> SamplingParams:
+def sampling_params(reader: RequestReader, *, temperature_samples: bool) -> SamplingParams:
     """How to sample. RequestError or ServerError names what can't be.
 
-    With none of temperature, top_k, top_p and min_p the most probable token is taken. 0 for top_p means off.
+    With none of top_k, top_p and min_p the most probable token is taken, unless temperature_samples and a temperature
+    is given: TensorRT-LLM's clients always send one. 0 for top_p means off.
     """
     values: dict[str, Any] = {}
     for name, (field, kind) in _NUMBERS.items():
@@ -110,7 +111,8 @@ def sampling_params(reader: RequestReader) -> SamplingParams:
                 values[field] = value
     if values.get("top_p") == 0:
         del values["top_p"]
-    if not any(values.get(field) for field in ("temperature", "top_k", "top_p", "min_p")):
+    deciding = ("top_k", "top_p", "min_p", "temperature") if temperature_samples else ("top_k", "top_p", "min_p")
+    if not any(values.get(field) for field in deciding):
         values["temperature"] = 0.0
     beams = reader.scalar("beam_width", int) or 1
     if beams > 1:
