@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,19 @@ def classify(tensor: Tensor, count: int, labels: Sequence[str], *, batched: bool
     return Tensor(
         tensor.name, "BYTES", array.shape if batched else array.shape[1:], array.reshape(array.shape if batched else -1)
     )
+
+
+def labels_of(repository: Any, model: Any, output: str) -> list[str]:
+    """The class names of an output; of an ensemble's, if it has none, those of the member that makes it."""
+    labels: list[str] = model.labels(output)
+    if labels or not model.config.HasField("ensemble_scheduling"):
+        return labels
+    for step in model.config.ensemble_scheduling.step:
+        for name, tensor in step.output_map.items():
+            if tensor == output:
+                version = str(step.model_version) if step.model_version > 0 else ""
+                return labels_of(repository, repository.model(step.model_name, version), name)
+    return labels
 
 
 def _text(value: np.generic, index: int, labels: Sequence[str]) -> bytes:

@@ -78,6 +78,7 @@ class Plan:
         "parameters",
         "plain",
         "priority",
+        "problem",
         "sequence_end",
         "sequence_id",
         "sequence_start",
@@ -99,6 +100,7 @@ class Plan:
         self.sequence_id: int | str = 0
         self.sequence_start = False
         self.sequence_end = False
+        self.problem: ServerError | None = None  # why it can't be; whether its model is there is said first
         self.plain = True  # no output is classified or goes to shared memory
 
     def add_input(self, planned: InputPlan) -> None:

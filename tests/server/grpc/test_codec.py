@@ -76,7 +76,7 @@ def test_the_same_head_is_decoded_once() -> None:
 
 
 def test_responses() -> None:
-    encoder = Encoder(SharedMemory())
+    encoder = Encoder(SharedMemory(), None)
     plan = Plan()
     plan.id = "x"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from trine.server.classification import classify
+from trine.server.classification import classify, labels_of
 from trine.server.errors import ServerError
 from trine.server.plan import (
     EMPTY_FINAL,
@@ -70,7 +70,7 @@ class Decoder:
         plan = self._plans.values.get(head)
         if plan is None:
             plan = plan_of(head, bool(raws))
-            if any(planned.tensor is not None for planned in plan.inputs):
+            if plan.problem is not None or any(planned.tensor is not None for planned in plan.inputs):
                 return plan, raws
             self._plans.add(head, plan)
         if message[: len(head)] == head:  # in the usual order: the next one can be told by its beginning
@@ -157,13 +157,24 @@ def plan_of(head: bytes, has_raws: bool) -> Plan:
         raise ServerError(f"the request is no ModelInferRequest: {error}") from None
     plan = Plan()
     plan.model_name, plan.model_version, plan.id = message.model_name, message.model_version, message.id
+    try:
+        _fill(plan, message, has_raws)
+    except ServerError as error:
+        plan.problem = error
+    return plan
+
+
+def _fill(plan: Plan, message: Any, has_raws: bool) -> None:
     for key, value in message.parameters.items():
         if key.startswith(RESERVED_PREFIX) and key != EMPTY_FINAL:
             raise ServerError(
                 f"parameter keys starting with '{RESERVED_PREFIX}' are reserved for Triton usage. Only the following "
                 f"keys starting with '{RESERVED_PREFIX}' are allowed: {EMPTY_FINAL}"
             )
-        plan.set_parameter(key, parameter_value(key, value))
+        if key == "binary_data_output":  # means nothing here: it is the model's own, as any other
+            plan.parameters[key] = parameter_value(key, value)
+        else:
+            plan.set_parameter(key, parameter_value(key, value))
     for tensor in message.inputs:
         plan.add_input(_input_plan(tensor, has_raws, plan.model_name))
     for output in message.outputs:
@@ -172,7 +183,6 @@ def plan_of(head: bytes, has_raws: bool) -> Plan:
         plan.add_output(
             output.name, OutputPlan(classification=classification_of(parameters), binary=True, region=region)
         )
-    return plan
 
 
 def parameter_value(key: str, parameter: Any) -> Parameter:
@@ -192,7 +202,13 @@ def _input_plan(tensor: Any, has_raws: bool, model: str) -> InputPlan:
     name, datatype, shape = tensor.name, tensor.datatype, tuple(tensor.shape)
     if any(dim < 0 for dim in shape):
         raise ServerError(f"input '{name}' of model '{model}' has a negative dimension: {list(shape)}")
-    region = region_of(_parameters(tensor.parameters), f"input '{name}'")
+    parameters = _parameters(tensor.parameters)
+    if "shared_memory_region" in parameters and "shared_memory_byte_size" not in parameters:
+        raise ServerError(
+            "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for tensor "
+            f"'{name}'"
+        )
+    region = region_of(parameters, f"input '{name}'")
     has_contents = tensor.HasField("contents")
     if has_contents and (has_raws or region is not None):
         other = "shared memory" if region is not None else "raw_input_contents"
@@ -203,6 +219,8 @@ def _input_plan(tensor: Any, has_raws: bool, model: str) -> InputPlan:
         return InputPlan(name, datatype, shape, region=region)
     if has_raws:
         return InputPlan(name, datatype, shape, size=0)
+    if not has_contents:
+        raise ServerError(f"unable to find data for input tensor '{name}' for model '{model}' in request.")
     return InputPlan(name, datatype, shape, tensor=_typed(tensor, name, datatype, shape))
 
 
@@ -248,8 +266,7 @@ def tensors_of(plan: Plan, raws: Sequence[Buffer], memory: SharedMemory) -> dict
         if planned.size is not None:
             if index == len(raws):
                 raise ServerError(
-                    f"expected raw_input_contents for input '{name}' of model '{plan.model_name}': there are only "
-                    f"{index}"
+                    f"unable to find data for input tensor '{name}' for model '{plan.model_name}' in request."
                 )
             inputs[name] = Tensor(name, planned.datatype, planned.shape, None, raws[index])
             index += 1
@@ -268,8 +285,9 @@ def tensors_of(plan: Plan, raws: Sequence[Buffer], memory: SharedMemory) -> dict
 class Encoder:
     """Messages out of responses; remembers the heads of those that came before."""
 
-    def __init__(self, memory: SharedMemory) -> None:
+    def __init__(self, memory: SharedMemory, repository: Any) -> None:
         self._memory = memory
+        self._repository = repository
         self._heads: dict[tuple[Any, ...], bytes] = {}
 
     def encode(
@@ -310,7 +328,7 @@ class Encoder:
         wanted = plan.answers.get(output.name)
         if wanted is None or not wanted.classification:
             return output
-        labels = model.labels(output.name)
+        labels = labels_of(self._repository, model, output.name)
         return classify(output, wanted.classification, labels, batched=model.config.max_batch_size > 0)
 
 

@@ -33,11 +33,13 @@ def infer(api: GrpcApi, stream: Stream, message: Buffer) -> None:
             kept = bytes(message)
             api.repository.load_then(plan.model_name, lambda: infer(api, stream, kept))
             return
-        model = api.repository.model(plan.model_name, plan.model_version)
+        model = find_model(api, plan.model_name, plan.model_version)
         if model.decoupled:
             raise ServerError(
                 "ModelInfer RPC doesn't support models with decoupled transaction policy", Code.UNSUPPORTED
             )
+        if plan.problem is not None:
+            raise plan.problem
         call = InferCall(api, stream, plan, model)
         request = call.request = plan.request(tensors_of(plan, raws, api.memory), call.respond)
         request.deadline_ns = stream.deadline_ns
@@ -47,6 +49,18 @@ def infer(api: GrpcApi, stream: Stream, message: Buffer) -> None:
     except TrineError as error:
         stream.on_cancel = None
         stream.finish(grpc_status(error), error.message)
+
+
+def find_model(api: GrpcApi, name: str, version: str) -> Any:
+    """The model of a request. ServerError: the version is no number, or there is no such model."""
+    if version and not version.isdecimal():
+        if version.removeprefix("-").isdecimal():
+            raise ServerError(f"invalid model version specified '{version}' , version should be an integral value > 0")
+        raise ServerError(
+            f"failed to get model version from specified version string '{version}' (details: stol), version should be "
+            "an integral value > 0"
+        )
+    return api.repository.model(name, version)
 
 
 class InferCall:
@@ -126,7 +140,9 @@ class StreamSession:
                 self._loading += 1
                 self.api.repository.load_then(plan.model_name, partial(self._take_loaded, bytes(message)))
                 return
-            model = self.api.repository.model(plan.model_name, plan.model_version)
+            model = find_model(self.api, plan.model_name, plan.model_version)
+            if plan.problem is not None:
+                raise plan.problem
             call = StreamCall(self, plan, model)
             request = call.request = plan.request(tensors_of(plan, raws, self.api.memory), call.respond)
             request.deadline_ns = self.stream.deadline_ns

@@ -16,7 +16,7 @@ from trine.server.describe import EXTENSIONS, model_metadata, model_statistics, 
 from trine.server.errors import Code, ServerError
 from trine.server.grpc import status
 from trine.server.grpc.codec import Decoder, Encoder
-from trine.server.grpc.infer import StreamSession, grpc_status, infer
+from trine.server.grpc.infer import StreamSession, find_model, grpc_status, infer
 from trine.server.grpc.reflection import reflection_methods
 from trine.server.grpc.stream import Buffer, CallError, Method, Stream
 from trine.server.proto import health, pb
@@ -60,7 +60,7 @@ class GrpcApi:
         self.traces = traces
         self.restricted = dict(restricted or {})
         self.decoder = Decoder()
-        self.encoder = Encoder(self.memory)
+        self.encoder = Encoder(self.memory, repository)
         self._forward = re.compile(forward_headers, re.IGNORECASE) if forward_headers else None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -192,12 +192,12 @@ def _server_metadata(api: GrpcApi, request: Any) -> Any:
 
 
 def _model_metadata(api: GrpcApi, request: Any) -> Any:
-    model = api.repository.model(request.name, request.version)
+    model = find_model(api, request.name, request.version)
     return pb.ModelMetadataResponse(**model_metadata(model, request.version))
 
 
 def _model_config(api: GrpcApi, request: Any) -> Any:
-    return pb.ModelConfigResponse(config=api.repository.model(request.name, request.version).config)
+    return pb.ModelConfigResponse(config=find_model(api, request.name, request.version).config)
 
 
 _OF_MODELS = (_model_metadata, _model_config)

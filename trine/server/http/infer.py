@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trine.server.classification import classify
+from trine.server.classification import classify, labels_of
 from trine.server.configuration.types import datatype_name, item_size
 from trine.server.errors import Code, ServerError, answerable
 from trine.server.http.compression import accepted_encoding, compress, decompress
@@ -300,7 +300,7 @@ def encode_response(api: HttpApi, plan: Plan, model: Any, response: InferRespons
     for output in outputs:
         wanted = answers.get(output.name)
         if wanted is not None and wanted.classification:
-            labels = model.labels(output.name)
+            labels = labels_of(api.repository, model, output.name)
             output = classify(output, wanted.classification, labels, batched=model.config.max_batch_size > 0)
         shape = ",".join(map(str, output.shape))
         start = f'{{"name":{quote(output.name)},"datatype":"{output.datatype}","shape":[{shape}]'

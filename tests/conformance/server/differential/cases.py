@@ -19,9 +19,9 @@ COUNTED_DIFFERENTLY = {
     ("failing 1", "fail"): (0, 1, "a request that the model answers with an error has failed"),
     ("failing 1", "success"): (1, 0, "a request that the model answers with an error has failed"),
     ("types 1", "fail"): (1, 0, "an answer that JSON can't hold was computed well"),
-    ("simple 1", "inference_count"): (119, 118, "one request is refused that Triton takes: more contents than inputs"),
-    ("simple 1", "execution_count"): (53, 52, "one request is refused that Triton takes: more contents than inputs"),
-    ("simple 1", "success"): (53, 52, "one request is refused that Triton takes: more contents than inputs"),
+    ("simple 1", "inference_count"): (122, 121, "one request is refused that Triton takes: more contents than inputs"),
+    ("simple 1", "execution_count"): (56, 55, "one request is refused that Triton takes: more contents than inputs"),
+    ("simple 1", "success"): (56, 55, "one request is refused that Triton takes: more contents than inputs"),
 }
 """What the statistics of the whole run differ in: Triton's count, ours, and why."""
 STRICTER = "Triton takes it silently; here it is refused with its reason"
@@ -239,6 +239,8 @@ def inference() -> Iterator[Case]:
     yield http("flat", "/v2/models/matrix/infer", {"inputs": [tensor("INPUT0", [1, 2, 2], "FP32", [1, 2, 3, 4])]})
     members = [tensor("A", [1, 16], "INT32", NUMBERS), tensor("B", [1, 16], "INT32", NUMBERS)]
     yield http("ensemble", "/v2/models/ensemble/infer", {"inputs": members, "id": "e"})
+    wanted = [{"name": "C", "parameters": {"classification": 3}}]
+    yield http("classes of an ensemble", "/v2/models/ensemble/infer", {"inputs": members, "outputs": wanted})
     yield http("ensemble without B", "/v2/models/ensemble/infer", {"inputs": members[:1]})
     yield http("failing", "/v2/models/failing/infer", {"inputs": [tensor("IN", [1], "INT32", [1])]})
     yield http("decoupled", "/v2/models/repeat/infer", {"inputs": [tensor("IN", [1], "INT32", [1])]})
@@ -427,7 +429,7 @@ def grpc_inference() -> Iterator[Case]:
     for rows in (1, 2, 8, 9):
         yield grpc_case(f"simple of {rows}", "ModelInfer", add_sub(rows))
         yield grpc_case(f"typed simple of {rows}", "ModelInfer", add_sub(rows, typed=True, id="an id"))
-    for version in ("1", "3", "2", "9"):
+    for version in ("1", "3", "2", "9", "x", "-1"):
         yield grpc_case(f"version {version}", "ModelInfer", add_sub(model="versions", model_version=version))
     for count in (1, 3, 20):
         request = add_sub(2)
@@ -478,6 +480,27 @@ def grpc_refusals() -> Iterator[Case]:
     output = add_sub(id="mine")
     output.outputs.add(name="NOPE")
     yield grpc_case("unknown output", "ModelInfer", output)
+    for name, parameters in (
+        ("priority as text", {"priority": {"string_param": "x"}}),
+        ("sequence as fraction", {"sequence_id": {"double_param": 0.5}}),
+        ("start as number", {"sequence_start": {"int64_param": 1}}),
+    ):
+        request = pb.ModelInferRequest(model_name="nobody", parameters={})
+        wrong = add_sub()
+        for key, value in parameters.items():
+            request.parameters[key].CopyFrom(pb.InferParameter(**value))
+            wrong.parameters[key].CopyFrom(pb.InferParameter(**value))
+        yield grpc_case(f"{name} to nobody", "ModelInfer", request)
+        yield grpc_case(name, "ModelInfer", wrong, text=False)
+    nothing = add_sub()
+    del nothing.raw_input_contents[:]
+    yield grpc_case("no contents", "ModelInfer", nothing)
+    region = add_sub()
+    region.inputs[0].parameters["shared_memory_region"].string_param = "none"
+    yield grpc_case("a region without size", "ModelInfer", region)
+    own = add_sub()
+    own.parameters["binary_data_output"].bool_param = True
+    yield grpc_case("a parameter of HTTP", "ModelInfer", own)
     reserved = add_sub()
     reserved.parameters["triton_x"].int64_param = 1
     yield grpc_case("reserved parameter", "ModelInfer", reserved)
