@@ -96,7 +96,7 @@ def unary(g: Generator) -> None:
         [
             ("Relu", {}), ("Sigmoid", {}), ("Tanh", {}), ("Erf", {}), ("Abs", {}), ("Neg", {}), ("Softplus", {}),
             ("LeakyRelu", {"alpha": 0.2}), ("Elu", {"alpha": 0.7}), ("HardSigmoid", {}), ("Identity", {}),
-            ("Floor", {}),
+            ("Sin", {}),
             ("Selu", {}), ("Cos", {}), ("Softsign", {}), ("Celu", {"alpha": 0.5}), ("ThresholdedRelu", {}),
         ]
     )  # fmt: skip

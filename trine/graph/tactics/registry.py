@@ -21,8 +21,8 @@ REFERENCE = "reference"
 class Tactic:
     """`channels_last` ones take and give images with the channels innermost.
 
-    Where one applies to a node it is timed on such images, and the operator's own meaning (which keeps the layout that it
-    is given) does not compete: changing layouts to and fro would cost more than any kernel gains.
+    Where one applies to a node it is timed on such images, and the operator's own meaning (which keeps the layout that
+    it is given) does not compete: changing layouts to and fro would cost more than any kernel gains.
     """
 
     name: str
