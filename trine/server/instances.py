@@ -41,13 +41,10 @@ class Batch:
     """What an instance computes at once, and when it did."""
 
     __slots__ = (
-        "answered",
         "end_ns",
         "error",
-        "formed_ns",
         "input_end_ns",
         "instance",
-        "on_done",
         "output_start_ns",
         "outputs",
         "requests",
@@ -62,7 +59,6 @@ class Batch:
         self.size = len(requests)
         self.rows = rows
         self.why = why
-        self.formed_ns = 0
         self.start_ns = 0
         self.input_end_ns = 0
         self.output_start_ns = 0
@@ -70,8 +66,6 @@ class Batch:
         self.outputs: dict[str, Array] | None = None
         self.error: ServerError | None = None
         self.instance = ""
-        self.answered = False
-        self.on_done: Callable[[Batch], None] | None = None
 
 
 class Worker:
@@ -270,10 +264,6 @@ class InstancePool:
             key=lambda worker: worker.claim.executions * worker.claim.priority if worker.claim else 0,
             default=None,
         )
-
-    @property
-    def outstanding(self) -> int:
-        return sum(worker.outstanding for worker in self.workers)
 
     def takes_full(self) -> bool:
         """Whether a full batch may be made ready while all instances are busy."""
