@@ -13,6 +13,7 @@ import torch
 
 from trine.graph.dtypes import DType, from_onnx
 from trine.graph.errors import ModelFormatError, UnsupportedOperatorError, VerificationError
+from trine.graph.importer.gradient import gradient_node
 from trine.graph.importer.node import RawNode
 from trine.graph.importer.versions import modernise
 from trine.graph.importer.weights import decode_tensor
@@ -22,6 +23,7 @@ from trine.graph.shapes import Inference
 
 NEWEST_OPSET = 25
 _STANDARD = ("", "ai.onnx")
+_GRADIENT = ("ai.onnx.preview.training", "Gradient")
 
 
 def import_model(source: str | os.PathLike[str] | bytes | Any, folder: Path | None = None) -> Graph:
@@ -203,6 +205,9 @@ class _Importer:
         if function is not None:
             self.call(function, proto, scope, name, inputs, attributes)
             return
+        if (proto.domain, proto.op_type) == _GRADIENT:
+            self.gradient(proto, scope, name, inputs, attributes)
+            return
         if proto.domain not in _STANDARD:
             raise UnsupportedOperatorError(
                 f"{proto.domain}.{proto.op_type}", name, "is of a domain that is not supported"
@@ -237,6 +242,23 @@ class _Importer:
                     self.taken[value.name] = 0
         scope.nodes.append(node)
         self.inference.visit(node)
+
+    def gradient(
+        self, proto: Any, scope: _Scope, name: str, inputs: list[Value | None], attributes: dict[str, Any]
+    ) -> None:
+        xs = [scope.find(x, name) for x in attributes.get("xs", [])]
+        y = scope.find(attributes.get("y", ""), name)
+        known = [x for x in xs if x is not None]
+        if attributes.get("zs") or y is None or not known or len(known) != len(inputs):
+            raise UnsupportedOperatorError(
+                "Gradient", name, "needs y and xs, as many as it has inputs; zs is not supported"
+            )
+        node = gradient_node(name, known, inputs, y, len(proto.output), scope.nodes)
+        for key, value, x in zip(proto.output, node.outputs, known, strict=False):
+            value.dtype, value.shape = x.dtype, x.shape
+            if key:
+                self.define(scope, key, value)
+        scope.nodes.append(node)
 
     def constant_node(self, proto: Any, scope: _Scope, name: str, attributes: dict[str, Any]) -> None:
         if len(attributes) != 1 or len(proto.output) != 1:

@@ -108,6 +108,16 @@ def _scan_rows(
     return tuple(merged)
 
 
+@operator("Gradient")
+def gradient(*inputs: Tensor, body: Body) -> tuple[Tensor, ...]:
+    """Derivatives of the sum of body's result by each input; zero for one that it does not depend on."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        (y,) = body(*leaves)
+        found = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
+
+
 @operator("SequenceConstruct")
 def sequence_construct(*items: Any) -> list[Any]:
     return list(items)
