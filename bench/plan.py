@@ -22,9 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from plan_models import MODELS, export, make
 
-import trine.graph as tg
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from plan_models import MODELS, export, make  # noqa: E402
+
+import trine.graph as tg  # noqa: E402
 
 Run = Callable[[dict[str, Any]], np.ndarray[Any, Any]]
 
