@@ -200,8 +200,8 @@ async def test_members_with_and_without_a_batch_dimension_meet(tmp_path: Path) -
         (step("scale", "x", "y", version=9), "depends on 'scale' which has no loaded version 9"),
         (
             step("whole", "x", "y", names=("n", "m")),
-            "ensemble tensor x: inconsistent data type: TYPE_FP32 is inferred from model e while TYPE_INT64 is inferred "
-            "from model whole",
+            "ensemble tensor x: inconsistent data type: TYPE_FP32 is inferred from model e while TYPE_INT64 is "
+            "inferred from model whole",
         ),
     ],
 )
