@@ -2,7 +2,7 @@
 
     python bench/plan.py --peer onnxruntime,openvino,torch --batch 1,8 --threads 2
 
-Runs alternate between the runtimes, so that what else the machine does hits all alike; times are medians. A ratio above
+The runtimes take turns, so that what else the machine does hits all alike; times are medians. A ratio above
 1 means that the plan is faster than the fastest peer. `--json FILE` writes what is printed.
 """
 
@@ -30,6 +30,7 @@ from plan_models import MODELS, export, make  # noqa: E402
 
 import trine.graph as tg  # noqa: E402
 
+ROUNDS = 3
 Run = Callable[[dict[str, Any]], np.ndarray[Any, Any]]
 
 
@@ -73,16 +74,21 @@ def torch_module(name: str) -> Run:
 
 
 def measure(runs: dict[str, Run], inputs: dict[str, Any], seconds: float, least: int) -> dict[str, float]:
-    """Median milliseconds of each, run in turns after a warm-up."""
+    """Median milliseconds of each. They take turns in blocks, with a pause before each and a run that is not counted:
+    the threads of some runtimes keep spinning for a while after a run, and would slow the next one down.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run(inputs)
-    deadline = time.perf_counter() + seconds * len(runs)
-    while len(times["trine"]) < least or time.perf_counter() < deadline:
+    for _ in range(ROUNDS):
         for name, run in runs.items():
-            start = time.perf_counter()
+            time.sleep(0.1)
             run(inputs)
-            times[name].append((time.perf_counter() - start) * 1e3)
+            deadline = time.perf_counter() + seconds / ROUNDS
+            count = 0
+            while count < -(-least // ROUNDS) or time.perf_counter() < deadline:
+                start = time.perf_counter()
+                run(inputs)
+                times[name].append((time.perf_counter() - start) * 1e3)
+                count += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 
