@@ -57,9 +57,9 @@ def test_whatever_is_read_is_json_and_cuts_do_not_matter(text: str, cuts: list[i
         json.loads(output)
         if "\x01" not in text:
             assert text[:consumed] == output
-    elif status is Status.FAILED:
+    elif status is Status.FAILED and "\x01" not in text:
         with pytest.raises(ValueError, match=r"."):
-            json.loads(text.replace("\x01", " "))
+            json.loads(text)
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,9 @@ async def test_what_is_explained_of_a_request(tmp_path: Path) -> None:
         first = start(repository, "m", {"IN": row(0)}, id="first")
         await asyncio.sleep(0.01)
         await asyncio.gather(first, *(start(repository, "m", {"IN": row(i)}, id=f"r{i}") for i in range(3)))
+        async with asyncio.timeout(5):
+            while not repository.explain("r1"):  # known once the instance reports its batch done, after the answers
+                await asyncio.sleep(0.01)
         explained = repository.explain("r1")
         assert len(explained) == 1
         entry = explained[0]
