@@ -37,18 +37,18 @@ class Yardstick:
     """Read bandwidth in bytes a second and multiply-adds in operations a second, of all threads together."""
 
     def __init__(self) -> None:
-        library, status = load()
-        assert library is not None, status
-        self.library = library
+        native, status = load()
+        assert native is not None, status
+        self.native = native
         self.memory = torch.zeros(256 << 20, dtype=torch.uint8)
 
     def bandwidth(self) -> float:
         size = self.memory.numel()
-        return size / seconds(lambda: self.library.trine_probe_read(self.memory.data_ptr(), size))
+        return size / seconds(lambda: self.native.trine_probe_read(self.memory.data_ptr(), size))
 
     def flops(self) -> float:
         tasks, start = 32, time.perf_counter()
-        operations = self.library.trine_probe_fma(tasks, 40_000)
+        operations = self.native.trine_probe_fma(tasks, 40_000)
         return float(tasks * operations / (time.perf_counter() - start))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -32,26 +33,26 @@ class Layer(nn.Module):
             self.__dict__[name] = value
 
 
-class WeightedModule(Layer):
+class WeightedModule(Layer, ABC):
     """A layer with weights of its own. Nothing is allocated before `create_weights`, so that loading can go layer by
     layer and memory peaks at the packed model plus one layer.
     """
 
+    @abstractmethod
     def expected_weights(self) -> dict[WeightKey, tuple[int, ...]]:
         """What to load, with the shape that each tensor has in the checkpoint."""
-        raise NotImplementedError
 
     def optional_weights(self) -> set[WeightKey]:
         """What a checkpoint may hold besides, in any shape: `load_weight` checks it."""
         return set()
 
+    @abstractmethod
     def create_weights(self, device: torch.device) -> None:
         """Allocate the parameters, uninitialised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_weight(self, key: WeightKey, tensor: torch.Tensor) -> None:
         """Copy one checkpoint tensor of the expected shape, any float dtype, into the parameters."""
-        raise NotImplementedError
 
     def process_weights(self) -> None:
         """Called once when everything is loaded: bring the weights into the form that `forward` reads."""

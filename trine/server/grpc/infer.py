@@ -13,6 +13,7 @@ from trine.server.grpc.codec import stream_error, stream_response, tensors_of
 from trine.server.grpc.stream import Buffer, CallError, Stream
 from trine.server.plan import Plan
 from trine.server.request import InferRequest, InferResponse
+from trine.server.single_answer import SingleAnswer
 
 if TYPE_CHECKING:
     from trine.server.grpc.service import GrpcApi
@@ -63,32 +64,23 @@ def find_model(api: GrpcApi, name: str, version: str) -> Any:
     return api.repository.model(name, version)
 
 
-class InferCall:
+class InferCall(SingleAnswer):
     """A request on its way, and how to answer it."""
 
-    __slots__ = ("_api", "_done", "_model", "_plan", "_response", "_stream", "request")
+    __slots__ = ("_api", "_model", "_plan", "_stream", "request")
 
     def __init__(self, api: GrpcApi, stream: Stream, plan: Plan, model: Any) -> None:
+        super().__init__()
         self._api = api
         self._stream = stream
         self._plan = plan
         self._model = model
-        self._response: InferResponse | None = None
-        self._done = False
         self.request: InferRequest | None = None
 
     def respond(self, response: InferResponse) -> None:
-        if self._done:
+        answer = self.collect(response)
+        if answer is None:
             return
-        if not response.is_empty:
-            if self._response is not None and response.error is None:
-                error = ServerError("the model gave more than one response to a request that takes one", Code.INTERNAL)
-                response = InferResponse(error=error)
-            self._response = response
-        if not response.final and response.error is None:
-            return
-        self._done = True
-        answer = self._response or response
         stream = self._stream
         stream.on_cancel = None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -22,7 +23,7 @@ EVENTS: HeaderBlock = (
 _NOTHING: tuple[Buffer, ...] = ()
 
 
-class Exchange:
+class Exchange(ABC):
     """A request with its whole body. It is answered once: by `respond`, or by `begin`, `write` …, `end`.
 
     headers        names in lower case; of several with one name the first
@@ -38,21 +39,21 @@ class Exchange:
         self.body = body
         self.on_disconnect: Callable[[], None] | None = None
 
+    @abstractmethod
     def respond(self, status: int, headers: HeaderBlock = JSON, parts: Sequence[Buffer] = _NOTHING) -> None:
         """The whole answer; the body is the parts one after the other."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, status: int, headers: HeaderBlock) -> None:
         """The head of an answer whose length nobody knows yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, data: bytes) -> None:
         """The next piece, at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """The answer is complete."""
-        raise NotImplementedError
 
     def respond_json(self, value: object, status: int = 200) -> None:
         self.respond(status, JSON, (msgspec.json.encode(value),))

@@ -17,6 +17,7 @@ from trine.server.http.exchange import JSON, Buffer, Exchange, HeaderBlock
 from trine.server.http.values import decode_document, decode_values, encode_values
 from trine.server.plan import InputPlan, OutputPlan, Plan, answered, classification_of, region_of
 from trine.server.request import InferRequest, InferResponse
+from trine.server.single_answer import SingleAnswer
 from trine.server.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -67,32 +68,23 @@ class DecoupledError(ServerError):
         super().__init__("HTTP end point doesn't support models with decoupled transaction policy", Code.UNSUPPORTED)
 
 
-class InferCall:
+class InferCall(SingleAnswer):
     """A request on its way, and how to answer it."""
 
-    __slots__ = ("_api", "_done", "_exchange", "_model", "_plan", "_response", "request")
+    __slots__ = ("_api", "_exchange", "_model", "_plan", "request")
 
     def __init__(self, api: HttpApi, exchange: Exchange, plan: Plan, model: Any) -> None:
+        super().__init__()
         self._api = api
         self._exchange = exchange
         self._plan = plan
         self._model = model
-        self._response: InferResponse | None = None
-        self._done = False
         self.request: InferRequest | None = None
 
     def respond(self, response: InferResponse) -> None:
-        if self._done:
+        answer = self.collect(response)
+        if answer is None:
             return
-        if not response.is_empty:
-            if self._response is not None and response.error is None:
-                error = ServerError("the model gave more than one response to a request that takes one", Code.INTERNAL)
-                response = InferResponse(error=error)
-            self._response = response
-        if not response.final and response.error is None:
-            return
-        self._done = True
-        answer = self._response or response
         try:
             if answer.error is not None:
                 self._exchange.respond_error(answer.error)
