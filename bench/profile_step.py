@@ -138,10 +138,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, action="append", help="may be repeated (default: 1, 16, 256)")
     parser.add_argument("--context", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--quantization", choices=("fp8",))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report = Report({"profile"}, options.json)
-    with gpu_engine.loaded(report, options.shape) as llm:
+    with gpu_engine.loaded(report, options.shape, quantization=options.quantization) as llm:
         for rows in options.rows or [1, 16, 256]:
             name = f"{options.shape} {rows} rows"
             shape = (rows, options.context, options.steps)
