@@ -135,7 +135,12 @@ def loaded(report: Report, shape: str, **options: Any) -> Iterator[Any]:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         start = time.perf_counter()
         with LLM(
-            folder, load_format="dummy", max_model_len=8192, enable_prefix_caching=False, cache_bytes=60 << 30, **options
+            folder,
+            load_format="dummy",
+            max_model_len=8192,
+            enable_prefix_caching=False,
+            cache_bytes=60 << 30,
+            **options,
         ) as llm:
             report.show("speed", f"{shape} start", seconds=time.perf_counter() - start)
             llm.generate({"prompt_token_ids": [1] * 100}, SamplingParams(temperature=0, max_tokens=1))
