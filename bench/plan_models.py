@@ -76,16 +76,15 @@ def mobilenet_v2() -> nn.Module:
 
 
 class UNet(nn.Module):
-    """Four levels, 32 to 256 channels, transposed convolutions on the way up."""
+    """Levels of so many channels, transposed convolutions on the way up."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256)) -> None:
         super().__init__()
-        widths = (32, 64, 128, 256)
         pairs = list(zip((3, *widths[:-1]), widths, strict=True))
         self.down = nn.ModuleList(self.block(a, b) for a, b in pairs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(pairs[1:]))
         self.merge = nn.ModuleList(self.block(2 * a, a) for a, _ in reversed(pairs[1:]))
-        self.head = nn.Conv2d(32, 2, 1)
+        self.head = nn.Conv2d(widths[0], 2, 1)
 
     @staticmethod
     def block(inputs: int, outputs: int) -> nn.Sequential:
@@ -117,16 +116,16 @@ class Last(nn.Module):
         return state
 
 
-def bert() -> nn.Module:
+def bert(**shape: int) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    return Last(BertModel(BertConfig(attn_implementation="eager"), add_pooling_layer=False))
+    return Last(BertModel(BertConfig(attn_implementation="eager", **shape), add_pooling_layer=False))
 
 
-def vit() -> nn.Module:
+def vit(**shape: int) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    return Last(ViTModel(ViTConfig(attn_implementation="eager"), add_pooling_layer=False))
+    return Last(ViTModel(ViTConfig(attn_implementation="eager", **shape), add_pooling_layer=False))
 
 
 def image(batch: int) -> tuple[torch.Tensor, ...]:

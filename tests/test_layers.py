@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "kernels": {"core"},
     "llm": {"kernels", "core"},
     "graph": {"kernels", "core"},
-    "server": {"llm", "kernels", "core"},
+    "server": {"llm", "graph", "kernels", "core"},
     "service": {"server", "llm", "kernels", "core"},
     "evaluation": {"llm", "core"},
     "benchmark": {"server", "llm", "core"},

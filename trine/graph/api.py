@@ -23,6 +23,7 @@ from trine.graph.ir import Graph, Node, Value
 from trine.graph.memory import memory_use
 from trine.graph.passes import Effect
 from trine.graph.passes import optimise as run_passes
+from trine.graph.profiles import Profile, check_profiles, described, find_profile, from_description
 from trine.graph.runtime import Program, check_input
 from trine.graph.tactics import Choice, Kernel, TimingCache, choose_first, kernels_for
 
@@ -38,8 +39,10 @@ class Plan:
         effects: list[Effect] | None = None,
         choices: Mapping[Node, Choice] | None = None,
         kernels: Mapping[Node, Kernel] | None = None,
+        profiles: Sequence[Profile] = (),
     ) -> None:
         self.graph = graph
+        self.profiles = list(profiles)
         self.effects = effects or []
         self.choices = dict(choices or {})
         self.program = Program(graph, kernels_for(self.choices) if kernels is None else kernels)
@@ -52,6 +55,9 @@ class Plan:
                 raise InputError(f"no input is called {name!r}: {', '.join(wanted) or 'there is none'}", param=name)
         symbols: dict[str, int] = {}
         arguments = [self._argument(value, inputs, symbols) for value in self.graph.inputs]
+        if self.profiles:
+            names = [value.name for value in self.graph.inputs]
+            find_profile(self.profiles, {name: given.shape for name, given in zip(names, arguments, strict=True)})
         with torch.inference_mode():
             results = self.program.run(*arguments)
         return {
@@ -64,7 +70,9 @@ class Plan:
         places = {node: index for index, node in enumerate(self.graph.walk())}
         tactics_ = {str(places[node]): [choice.tactic, choice.times] for node, choice in self.choices.items()}
         effects = [[effect.name, effect.added, effect.removed] for effect in self.effects]
-        plan_file.save(path, self.graph, {"tactics": tactics_, "effects": effects})
+        plan_file.save(
+            path, self.graph, {"tactics": tactics_, "effects": effects, "profiles": described(self.profiles)}
+        )
 
     def refit(self, weights: Mapping[str, Any]) -> None:
         """Replace constants by name, keeping dtype and shape; ConfigurationError for a name the plan has not kept.
@@ -94,6 +102,7 @@ class Plan:
                 {**_described(value), "name": name}
                 for name, value in zip(self.graph.output_names, self.graph.outputs, strict=True)
             ],
+            "profiles": described(self.profiles),
             "layers": [self._layer(node) for node in self.graph.nodes],
             "memory": None if use is None else {"total": use.total, "peak": use.peak, "at": use.at},
             "weights": sum(value.nbytes or 0 for value in self.graph.constants()),
@@ -173,9 +182,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     try:
         choices = {nodes[int(place)]: Choice(name, times) for place, (name, times) in header["tactics"].items()}
         effects = [Effect(*parts) for parts in header["effects"]]
+        profiles = from_description(header["profiles"])
+        check_profiles(profiles, graph)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         raise PlanError(f"{str(path)!r} is damaged: build the plan again") from None
-    return Plan(graph, effects, choices)
+    return Plan(graph, effects, choices, profiles=profiles)
 
 
 def build(
@@ -187,30 +198,37 @@ def build(
     tune: bool = True,
     timing_cache: str | os.PathLike[str] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    profiles: Sequence[Profile] = (),
+    budget: float | None = None,
 ) -> Plan:
     """Compile an ONNX file, its bytes, a ModelProto, or a torch module with example inputs `args`.
 
     `tune=False` takes the first candidate for each node instead of timing them; `timing_cache` is a file that keeps
-    times for the next build; `shapes` are the inputs' shapes to tune for, where the model leaves them open.
+    times for the next build; `shapes` are the inputs' shapes to tune for, where the model leaves them open; `profiles`
+    say the same, and which shapes the plan takes; `budget` is how many seconds the timing may take: after that, nodes
+    get the first candidate that applies.
     """
     graph = import_model(_exported(source, args) if isinstance(source, torch.nn.Module) else source, folder)
+    check_profiles(profiles, graph)
     if not optimise:
-        return Plan(graph)
+        return Plan(graph, profiles=profiles)
     effects = run_passes(graph)
     if not tune:
-        return Plan(graph, effects, choose_first(graph))
+        return Plan(graph, effects, choose_first(graph), profiles=profiles)
     if not any(tactics.candidates(node) for node in graph.nodes) or any(node.op == "Loop" for node in graph.walk()):
-        return Plan(
-            graph, effects, choose_first(graph)
-        )  # nothing to time; or a loop that may not end on made-up inputs
+        # nothing to time; or a loop that may not end on made-up inputs
+        return Plan(graph, effects, choose_first(graph), profiles=profiles)
     cache = TimingCache(None if timing_cache is None else Path(timing_cache))
+    points: list[Mapping[str, Sequence[int]]] = [
+        {**(shapes or {}), **{name: bounds.opt for name, bounds in profile.items()}} for profile in profiles or [{}]
+    ]
     try:
         with torch.inference_mode():
-            choices, kernels = tactics.tune(graph, example_inputs(graph, shapes or {}), cache)
+            choices, kernels = tactics.tune(graph, [example_inputs(graph, point) for point in points], cache, budget)
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
-        return Plan(graph, effects, choose_first(graph))  # made-up inputs that the model can't run on
+        return Plan(graph, effects, choose_first(graph), profiles=profiles)  # the model can't run on made-up inputs
     cache.save()
-    return Plan(graph, effects, choices, kernels)
+    return Plan(graph, effects, choices, kernels, profiles)
 
 
 def _exported(module: torch.nn.Module, args: Sequence[torch.Tensor] | None) -> bytes:
@@ -226,13 +244,21 @@ def _exported(module: torch.nn.Module, args: Sequence[torch.Tensor] | None) -> b
 
 
 def example_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> list[Any]:
-    """Inputs to tune on: random floats, zeros else; open dimensions are 1 where `shapes` does not say."""
+    """Inputs to tune on: random floats, zeros else.
+
+    An open dimension that `shapes` does not say is what it is in another input that has one of its name, else 1.
+    """
     generator = torch.Generator().manual_seed(0)
+    sizes: dict[str, int] = {}
+    for value in graph.inputs:
+        for dim, size in zip(value.shape or (), shapes.get(value.name, ()), strict=False):
+            if isinstance(dim, str):
+                sizes[dim] = size
     inputs: list[Any] = []
     for value in graph.inputs:
         if value.dtype is None or value.dtype is DType.STRING or value.shape is None:
             raise ValueError(f"input {value.name!r} has no shape to tune for")
-        shape = shapes.get(value.name) or [dim if isinstance(dim, int) else 1 for dim in value.shape]
+        shape = shapes.get(value.name) or [sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in value.shape]
         if value.dtype.is_float:
             inputs.append(torch.randn(list(shape), generator=generator).to(value.dtype.torch))
         else:

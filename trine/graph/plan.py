@@ -2,7 +2,8 @@
 
     8 bytes   TRINEPLN
     8 bytes   length of the header, little endian
-    header    {"version", "graph", "tactics", "effects", "weights": [{"dtype", "shape", "offset", "bytes"}, …]}
+    header    {"version", "graph", "values", "weights": [{"dtype", "shape", "offset", "bytes"}, …],
+               "tactics", "effects", "profiles"}
     weights   from the next multiple of 64 on; offsets count from there
 
 Values are numbers in the order in which they are met; a node is a list of its operator, name, inputs, outputs and
@@ -27,8 +28,10 @@ from trine.graph.errors import PlanError
 from trine.graph.ir import Graph, Node, Value
 
 MAGIC = b"TRINEPLN"
-VERSION = 1
+VERSION = 2
 _ALIGNMENT = 64
+_TENSORRT = (b"ftrt", b"ptrt")
+"""How TensorRT's engines begin."""
 
 
 def save(path: str | os.PathLike[str], graph: Graph, extra: Mapping[str, Any]) -> None:
@@ -63,6 +66,11 @@ def load(path: str | os.PathLike[str]) -> tuple[Graph, dict[str, Any]]:
         with open(path, "rb") as file:
             magic, length = file.read(8), int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
+            if magic[:4] in _TENSORRT:
+                raise PlanError(
+                    f"{name} is an engine of TensorRT, which no other software can run: build a plan of the ONNX model "
+                    "that it was made from, with `trine build model.onnx -o model.plan`"
+                )
             if magic != MAGIC:
                 raise PlanError(f"{name} is not a Trine plan: make one with `trine build model.onnx -o model.plan`")
             if length > size:

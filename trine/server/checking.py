@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from trine.core.errors import TrineError
 from trine.server.backends.base import Device
+from trine.server.backends.compilation import NAMES
 from trine.server.errors import Code, ServerError
 from trine.server.repository.files import ModelFolder
 from trine.server.repository.loader import BackendRegistry, Loader, Plan, discard, members, placements
@@ -114,7 +115,8 @@ def _notes(config: ModelConfig, folder: Path) -> Iterator[str]:
     """What is accepted and has no effect here, or probably not the one meant."""
     accelerators = config.optimization.execution_accelerators
     for accelerator in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):
-        yield f"execution accelerator {accelerator.name!r} is not used: the back end runs the model itself"
+        if accelerator.name not in NAMES or config.backend != "onnxruntime":
+            yield f"execution accelerator {accelerator.name!r} is not used: the back end runs the model itself"
     if config.HasField("dynamic_batching") and config.max_batch_size <= 1:
         yield f"dynamic_batching does nothing: max_batch_size is {config.max_batch_size}"
     for output in config.output:

@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,15 @@ def problem_key(node: Node, inputs: Sequence[Any]) -> str:
     return f"{node.op}:{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
+def _first(node: Node) -> tuple[Choice, Kernel | None]:
+    made = ((option.name, option.make(node)) for option in candidates(node))
+    name, kernel = next(((name, kernel) for name, kernel in made if kernel is not None), (REFERENCE, None))
+    return Choice(name), kernel
+
+
 def choose_first(graph: Graph) -> dict[Node, Choice]:
     """Without timing: the first candidate that applies to each node."""
-    return {
-        node: Choice(next((option.name for option in candidates(node) if option.make(node)), REFERENCE))
-        for node in graph.walk()
-        if candidates(node)
-    }
+    return {node: _first(node)[0] for node in graph.walk() if candidates(node)}
 
 
 def kernels_for(choices: Mapping[Node, Choice]) -> dict[Node, Kernel]:
@@ -107,26 +109,48 @@ def kernels_for(choices: Mapping[Node, Choice]) -> dict[Node, Kernel]:
 
 
 def tune(
-    graph: Graph, inputs: Sequence[Any], cache: TimingCache, progress: Callable[[str], None] | None = None
+    graph: Graph, points: Sequence[Sequence[Any]], cache: TimingCache, budget: float | None = None
 ) -> tuple[dict[Node, Choice], dict[Node, Kernel]]:
-    """The fastest candidate of each node of `graph` (subgraphs keep the first that applies), on these inputs."""
+    """The fastest candidate of each node of `graph` (subgraphs keep the first that applies), on these inputs.
+
+    `points` are several sets of inputs: a node's choice is the one with the least time over all of them. After `budget`
+    seconds nothing more is timed: nodes get what the cache knows, or the first candidate that applies.
+    """
+    deadline = float("inf") if budget is None else time.monotonic() + budget
     choices = choose_first_in_subgraphs(graph)
     kernels = kernels_for(choices)
-    program = Program(graph, kernels)
+    found = [_tune_at(graph, inputs, cache, kernels, deadline) for inputs in points]
+    for node in found[0]:
+        choice = choices[node] = _joined([at[node][0] for at in found])
+        kernel = next((at[node][1] for at in found if at[node][0].tactic == choice.tactic), None)
+        if kernel is not None:
+            kernels[node] = kernel
+    return choices, kernels
+
+
+def _tune_at(
+    graph: Graph, inputs: Sequence[Any], cache: TimingCache, kernels: Mapping[Node, Kernel], deadline: float
+) -> dict[Node, tuple[Choice, Kernel | None]]:
+    """Each node's choice on these inputs, and its kernel."""
+    found: dict[Node, tuple[Choice, Kernel | None]] = {}
 
     def pick(node: Node, arguments: list[Any]) -> Kernel | None:
         if not candidates(node):
             return None
-        choice, kernel = _fastest(node, arguments, cache)
-        choices[node] = choice
-        if kernel is not None:
-            kernels[node] = kernel
-        if progress is not None:
-            progress(f"{node.op} {node.name}: {choice.tactic}")
-        return kernel
+        found[node] = _fastest(node, arguments, cache, time.monotonic() < deadline)
+        return found[node][1]
 
-    program.trace(inputs, choose=pick)
-    return choices, kernels
+    Program(graph, kernels).trace(inputs, choose=pick)
+    return found
+
+
+def _joined(choices: list[Choice]) -> Choice:
+    """The candidate with the least sum of times, among those timed at every point; the first point's where none was."""
+    common = set.intersection(*(set(choice.times) for choice in choices))
+    if len(choices) == 1 or not common:
+        return choices[0]
+    sums = {name: sum(choice.times[name] for choice in choices) for name in choices[0].times if name in common}
+    return Choice(min(sums, key=lambda name: sums[name]), sums)
 
 
 def choose_first_in_subgraphs(graph: Graph) -> dict[Node, Choice]:
@@ -137,7 +161,8 @@ def choose_first_in_subgraphs(graph: Graph) -> dict[Node, Choice]:
     return choices
 
 
-def _fastest(node: Node, inputs: list[Any], cache: TimingCache) -> tuple[Choice, Kernel | None]:
+def _fastest(node: Node, inputs: list[Any], cache: TimingCache, timing: bool) -> tuple[Choice, Kernel | None]:
+    """From the cache, else by timing; where there is no time for that, the first that applies."""
     channels_last = any(option.channels_last for option in candidates(node))
     if channels_last:
         inputs = [_channels_last(value) for value in inputs]
@@ -145,6 +170,8 @@ def _fastest(node: Node, inputs: list[Any], cache: TimingCache) -> tuple[Choice,
     known = cache.times.get(key)
     if known:
         return _from_cache(node, known)
+    if not timing:
+        return _first(node)
     reference, _ = bind(node)
     expected = reference(*inputs)
     times: dict[str, float] = {}

@@ -1,23 +1,30 @@
 """onnx: models run by ONNX Runtime. All instances on one device share a session, so weights are in memory once.
 
 Parameters of the configuration: intra_op_thread_count, inter_op_thread_count, execution_mode (0 sequential, 1
-parallel), and `session.*` entries, which go to ONNX Runtime as they are.
+parallel), and `session.*` entries, which go to ONNX Runtime as they are. A model with the execution accelerator `trine`
+is compiled and run as a plan instead (`compilation.py`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trine.core.errors import ConfigurationError, ModelLoadError
 from trine.server.backends.base import Device, ModelFiles
-from trine.server.configuration.complete import default_max_batch_size
-from trine.server.configuration.types import datatype_name, datatype_number
+from trine.server.backends.compilation import accelerator_of
+from trine.server.backends.file_tensors import (
+    FileTensor,
+    check_tensors,
+    complete_tensors,
+    decoded_text,
+    is_complete,
+)
+from trine.server.backends.plan import PlanBackend, PlanModel
+from trine.server.configuration.types import datatype_name
 from trine.server.errors import Code, ServerError
 from trine.server.tensors import Array
 
@@ -48,27 +55,22 @@ class OnnxBackend:
     def __init__(self, settings: dict[str, str]) -> None:
         self._settings = settings
         self._opened: dict[Path, Any] = {}
+        self._plans = PlanBackend(settings)
+        """Of models that ask to be compiled."""
 
     def complete(self, config: ModelConfig, files: ModelFiles) -> None:
         """Inputs, outputs and batching as the model file has them, where the configuration leaves them out."""
-        if _is_complete(config):
+        if accelerator_of(config) is not None:
+            self._plans.complete(config, files)
+            return
+        if is_complete(config):
             return
         session = self._opened[files.version_directory] = _open(config, files, Device("cpu"))
-        inputs, outputs = list(session.get_inputs()), list(session.get_outputs())
-        batches = all(_is_batched(tensor) for tensor in (*inputs, *outputs))
-        if not config.input and not config.output and config.max_batch_size == 0 and batches:
-            config.max_batch_size = default_max_batch_size(self._settings)
-            scheduled = config.HasField("dynamic_batching") or config.HasField("sequence_batching")
-            if config.max_batch_size > 1 and not scheduled:
-                config.dynamic_batching.SetInParent()
-        controls = {control.name for control in config.sequence_batching.control_input}
-        controls |= {state.input_name for state in config.sequence_batching.state}
-        controls |= {name for item in config.batch_input for name in item.target_name}
-        states = {state.output_name for state in config.sequence_batching.state}
-        _fill(config, config.input, [tensor for tensor in inputs if tensor.name not in controls])
-        _fill(config, config.output, [tensor for tensor in outputs if tensor.name not in states])
+        complete_tensors(config, _tensors(session.get_inputs()), _tensors(session.get_outputs()), self._settings)
 
-    def load(self, config: ModelConfig, files: ModelFiles) -> OnnxModel:
+    def load(self, config: ModelConfig, files: ModelFiles) -> OnnxModel | PlanModel:
+        if accelerator_of(config) is not None:
+            return self._plans.load(config, files)
         opened = self._opened.pop(files.version_directory, None)
         return OnnxModel(config, files, None if _on_gpu(config) else opened)
 
@@ -82,31 +84,14 @@ class OnnxModel:
         self._files = files
         self._sessions: dict[Device, Any] = {} if opened is None else {Device("cpu"): opened}
         self._lock = threading.Lock()
-        self._check(self._session(Device("cuda") if _on_gpu(config) else Device("cpu")))
+        session = self._session(Device("cuda") if _on_gpu(config) else Device("cpu"))
+        check_tensors(config, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
 
     def _session(self, device: Device) -> Any:
         with self._lock:
             if device not in self._sessions:
                 self._sessions[device] = _open(self._config, self._files, device)
             return self._sessions[device]
-
-    def _check(self, session: Any) -> None:
-        """The configuration's tensors are the model's."""
-        config = self._config
-        given = {tensor.name: tensor for tensor in session.get_inputs()}
-        answers = {tensor.name: tensor for tensor in session.get_outputs()}
-        extra = {name for item in config.batch_input for name in item.target_name}
-        extra |= {control.name for control in config.sequence_batching.control_input}
-        extra |= {state.input_name for state in config.sequence_batching.state}
-        configured = {tensor.name for tensor in config.input} | extra
-        for kind, tensors, known in (("input", config.input, given), ("output", config.output, answers)):
-            for tensor in tensors:
-                _check_tensor(config, kind, tensor, known)
-        if missing := sorted(set(given) - configured):
-            raise ConfigurationError(
-                f"model '{config.name}': the model file has the inputs {missing} that the configuration lacks: "
-                f"expected {len(given)} inputs, got {len(config.input)}"
-            )
 
     def instance(self, device: Device, index: int) -> OnnxInstance:
         return OnnxInstance(self._session(device), self._config)
@@ -126,7 +111,7 @@ class OnnxInstance:
     def execute(self, inputs: dict[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         for name in self._strings:
             if name in inputs:
-                inputs[name] = _decoded(inputs[name])
+                inputs[name] = decoded_text(inputs[name])
         try:
             return dict(zip(outputs, self._run(outputs, inputs), strict=True))
         except Exception as error:
@@ -135,22 +120,6 @@ class OnnxInstance:
     def close(self) -> None:
         """Let go of the session: whoever closes last frees it, and that is not the event loop's thread."""
         self._run = None
-
-
-def _decoded(array: Array) -> Array:
-    """ONNX Runtime takes strings as `str`; bytes that are no UTF-8 can't be one."""
-    flat = array.reshape(-1)
-    try:
-        decoded = np.array([item.decode() if isinstance(item, bytes) else item for item in flat], dtype=object)
-    except UnicodeDecodeError as error:
-        raise ServerError(f"a string of the request is not UTF-8: {error}") from error
-    return decoded.reshape(array.shape)
-
-
-def _is_complete(config: ModelConfig) -> bool:
-    """Whether nothing is left that the model file would have to tell."""
-    tensors = [*config.input, *config.output]
-    return bool(config.input and config.output) and all(tensor.data_type and tensor.dims for tensor in tensors)
 
 
 def _on_gpu(config: ModelConfig) -> bool:
@@ -219,74 +188,11 @@ def _integer(config: ModelConfig, parameters: dict[str, str], key: str, default:
         raise ConfigurationError(f"model '{config.name}': parameter {key}={text!r} is not an integer") from None
 
 
-def _is_batched(tensor: Any) -> bool:
-    """Whether the first dimension is variable, so that it can be the batch."""
-    return bool(tensor.shape) and not (isinstance(tensor.shape[0], int) and tensor.shape[0] >= 0)
+def _tensors(ports: Iterable[Any]) -> list[FileTensor]:
+    """A session's inputs or outputs."""
+    return [FileTensor(port.name, _DATATYPES.get(port.type, port.type), tuple(map(_dim, port.shape))) for port in ports]
 
 
-def _dims(tensor: Any) -> list[int]:
-    return [dim if isinstance(dim, int) and dim >= 0 else -1 for dim in tensor.shape]
-
-
-def _datatype(tensor: Any) -> str:
-    datatype = _DATATYPES.get(tensor.type)
-    if datatype is None:
-        raise ModelLoadError(f"tensor '{tensor.name}' is {tensor.type}, which the protocol can't carry")
-    return datatype
-
-
-def _fill(config: ModelConfig, configured: Any, actual: list[Any]) -> None:
-    """Add the tensors that are not configured; give the others the type and dims they lack."""
-    by_name = {tensor.name: tensor for tensor in configured}
-    if configured and not set(by_name) <= {tensor.name for tensor in actual}:
-        return  # names that are wrong are for `load` to report
-    for tensor in actual:
-        message = by_name.get(tensor.name)
-        if message is None:
-            if by_name:
-                continue
-            message = configured.add(name=tensor.name)
-        if not message.data_type:
-            message.data_type = datatype_number(_datatype(tensor))
-        if not message.dims:
-            dims = _dims(tensor)
-            dims = dims[1:] if config.max_batch_size else dims
-            if dims:
-                message.dims.extend(dims)
-            else:
-                message.dims.append(1)
-                message.reshape.SetInParent()
-
-
-def _check_tensor(config: ModelConfig, kind: str, tensor: Any, known: dict[str, Any]) -> None:
-    actual = known.get(tensor.name)
-    if actual is None:
-        raise ConfigurationError(
-            f"model '{config.name}': {kind} '{tensor.name}' is not in the model file, which has {sorted(known)}"
-        )
-    datatype = _datatype(actual)
-    if datatype_name(tensor.data_type) != datatype:
-        raise ConfigurationError(
-            f"model '{config.name}': {kind} '{tensor.name}' is {datatype} in the model file, the configuration says "
-            f"{datatype_name(tensor.data_type)}"
-        )
-    if not actual.shape:
-        return  # a scalar, or a shape that the file leaves open
-    dims = list(tensor.reshape.shape) if tensor.HasField("reshape") else list(tensor.dims)
-    scattered = {name for item in config.batch_output for name in item.target_name}
-    if config.max_batch_size and not getattr(tensor, "allow_ragged_batch", False) and tensor.name not in scattered:
-        dims = [-1, *dims]
-        if not _is_batched(actual):
-            raise ConfigurationError(
-                f"model '{config.name}': max_batch_size is {config.max_batch_size}, but the first dimension of {kind} "
-                f"'{tensor.name}' in the model file is {actual.shape[0]}: set max_batch_size to 0, or export the model "
-                "with a variable batch dimension"
-            )
-    elif config.max_batch_size:
-        return
-    have = _dims(actual)
-    if len(have) != len(dims) or any(-1 not in pair and pair[0] != pair[1] for pair in zip(have, dims, strict=True)):
-        raise ConfigurationError(
-            f"model '{config.name}': {kind} '{tensor.name}' has shape {have} in the model file, the configuration says "
-            f"{dims}"
-        )
+def _dim(dim: Any) -> int:
+    """A number, or -1 where it has a name or none."""
+    return dim if isinstance(dim, int) and dim >= 0 else -1

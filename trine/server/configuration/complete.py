@@ -31,6 +31,7 @@ DEFAULT_FILES = {
     "onnxruntime": "model.onnx",
     "pytorch": "model.pt",
     "tensorrt": "model.plan",
+    "plan": "model.plan",
     "openvino": "model.xml",
     "python": "model.py",
 }

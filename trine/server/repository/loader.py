@@ -86,9 +86,10 @@ BUILT_IN = {
     "pytorch": ("trine.server.backends.torch", "TorchBackend"),
     "python": ("trine.server.backends.python", "PythonBackend"),
     "openvino": ("trine.server.backends.openvino", "OpenvinoBackend"),
+    "plan": ("trine.server.backends.plan", "PlanBackend"),
     "llm": ("trine.server.backends.llm", "LlmBackend"),
 }
-ALIASES = {"onnx": "onnxruntime", "torch": "pytorch", "tensorrtllm": "llm"}
+ALIASES = {"onnx": "onnxruntime", "torch": "pytorch", "tensorrt": "plan", "tensorrtllm": "llm"}
 
 
 class Loader:
