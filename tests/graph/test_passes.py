@@ -12,6 +12,7 @@ import pytest
 
 import trine.graph as tg
 from tests.graph.models import model, node, weights
+from trine.core.errors import ConfigurationError
 from trine.graph.importer import import_model
 from trine.graph.ir import Graph
 from trine.graph.passes import PASSES, optimise
@@ -205,3 +206,45 @@ def test_fuse_attention(masked: bool) -> None:
     shape = ["b", 2, 5, 4]
     made = model(nodes, {"q": shape, "k": shape, "v": shape}, ["y"], {**SCALAR, "mask": weights(1, 1, 5, 5)})
     assert after(made, "simplify", "fuse_attention") == {"Transpose": 1, "ScaledDotProductAttention": 1}
+
+
+QKV = {"q": weights(8, 6), "k": weights(8, 4, seed=1), "v": weights(8, 4, seed=2), "b": weights(6)}
+PRODUCTS = [
+    node("MatMul", "x q", "m"), node("Add", "m b", "a"), node("MatMul", "x k", "c"), node("MatMul", "x v", "d")
+]  # fmt: skip
+
+
+def test_merge_linear_multiplies_once_by_queries_keys_and_values() -> None:
+    nodes = [
+        node("MatMul", "x q", "m"),
+        node("Add", "m b", "a"),
+        node("MatMul", "x k", "c"),
+        node("MatMul", "x v", "d"),
+    ]
+    made = model([*PRODUCTS, node("Concat", "a c d", "y", axis=2)], {"x": ["n", 5, 8]}, ["y"], QKV)
+    assert after(made, "fuse_linear", "merge_linear") == {"Linear": 1, "Split": 1, "Concat": 1}
+
+
+def test_merge_linear_leaves_other_activations_and_inputs_alone() -> None:
+    nodes = [node("MatMul", "x q", "m"), node("Relu", "m", "a"), node("MatMul", "x k", "c"), node("Abs", "x", "z")]
+    made = model([*nodes, node("MatMul", "z v", "d")], {"x": ["n", 5, 8]}, ["a", "c", "d"], QKV)
+    assert after(made, "fuse_linear", "merge_linear") == {"Linear": 3, "Abs": 1}
+
+
+def test_merged_weights_are_refitted_by_their_own_names() -> None:
+    nodes = [
+        node("MatMul", "x q", "m"),
+        node("Add", "m b", "a"),
+        node("MatMul", "x k", "c"),
+        node("MatMul", "x v", "d"),
+    ]
+    made = model(PRODUCTS, {"x": ["n", 8]}, ["a", "c", "d"], QKV)
+    other = {name: array + 1 for name, array in QKV.items() if name != "v"}
+    expected = tg.build(model(PRODUCTS, {"x": ["n", 8]}, ["a", "c", "d"], {**QKV, **other}), optimise=False)
+    plan = tg.build(made, tune=False)
+    plan.refit(other)
+    inputs = {"x": weights(3, 8, seed=5)}
+    for name, array in expected.run(inputs).items():
+        np.testing.assert_allclose(plan.run(inputs)[name], array, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigurationError, match=r"must be float32 \[8, 4\]"):
+        plan.refit({"k": weights(8, 6)})

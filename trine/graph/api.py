@@ -23,6 +23,7 @@ from trine.graph.ir import Graph, Node, Value
 from trine.graph.memory import memory_use
 from trine.graph.passes import Effect
 from trine.graph.passes import optimise as run_passes
+from trine.graph.passes.merge import parts_of
 from trine.graph.profiles import Profile, check_profiles, described, find_profile, from_description
 from trine.graph.runtime import Program, check_input
 from trine.graph.tactics import Choice, Kernel, TimingCache, choose_first, kernels_for
@@ -80,17 +81,19 @@ class Plan:
         Names are those of the model, where no pass has changed the weight (as folding a normalisation does).
         """
         known = {value.name: value for value in self.graph.constants()}
+        parts = {name: (value, rows) for value in known.values() for name, rows in parts_of(value.name).items()}
         for name, given in weights.items():
-            turned = name not in known and f"{name}.T" in known
-            value = known.get(f"{name}.T" if turned else name)
+            turned = name not in known and name not in parts and (f"{name}.T" in known or f"{name}.T" in parts)
+            kept = f"{name}.T" if turned else name
+            value, rows = parts.get(kept) or (known.get(kept), slice(None))
             if value is None:
                 raise ConfigurationError(f"the plan has no weight {name!r}; it has {', '.join(sorted(known)[:8])} …")
             data = _from_caller(given, Value(name, value.dtype)).clone()
             data = data.T.contiguous() if turned else data
-            if tuple(data.shape) != value.static_shape or data.dtype != value.data.dtype:
-                wanted = f"{value.dtype} {list(value.shape or ())}"
+            if data.shape != value.data[rows].shape or data.dtype != value.data.dtype:
+                wanted = f"{value.dtype} {list(value.data[rows].shape[:: -1 if turned else 1])}"
                 raise ConfigurationError(f"weight {name!r} is {data.dtype} {list(data.shape)}; it must be {wanted}")
-            value.data = data
+            value.data = torch.cat([value.data[: rows.start], data, value.data[rows.stop :]]) if rows.stop else data
         self.program = Program(self.graph, kernels_for(self.choices))
 
     def inspect(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from trine.graph.passes.constants import fold_constants
 from trine.graph.passes.convolution import fuse_convolution
 from trine.graph.passes.gelu import fuse_gelu, fuse_silu
 from trine.graph.passes.linear import fuse_linear
+from trine.graph.passes.merge import merge_linear
 from trine.graph.passes.normalization import fuse_layer_norm, fuse_rms_norm
 from trine.graph.passes.simplify import simplify
 from trine.graph.passes.transposes import cancel_transposes
@@ -39,6 +40,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_attention,
     fuse_convolution,
     fuse_linear,
+    merge_linear,
     fold_constants,
     simplify,
     merge_common_subexpressions,
