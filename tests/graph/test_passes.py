@@ -215,12 +215,6 @@ PRODUCTS = [
 
 
 def test_merge_linear_multiplies_once_by_queries_keys_and_values() -> None:
-    nodes = [
-        node("MatMul", "x q", "m"),
-        node("Add", "m b", "a"),
-        node("MatMul", "x k", "c"),
-        node("MatMul", "x v", "d"),
-    ]
     made = model([*PRODUCTS, node("Concat", "a c d", "y", axis=2)], {"x": ["n", 5, 8]}, ["y"], QKV)
     assert after(made, "fuse_linear", "merge_linear") == {"Linear": 1, "Split": 1, "Concat": 1}
 
@@ -232,12 +226,6 @@ def test_merge_linear_leaves_other_activations_and_inputs_alone() -> None:
 
 
 def test_merged_weights_are_refitted_by_their_own_names() -> None:
-    nodes = [
-        node("MatMul", "x q", "m"),
-        node("Add", "m b", "a"),
-        node("MatMul", "x k", "c"),
-        node("MatMul", "x v", "d"),
-    ]
     made = model(PRODUCTS, {"x": ["n", 8]}, ["a", "c", "d"], QKV)
     other = {name: array + 1 for name, array in QKV.items() if name != "v"}
     expected = tg.build(model(PRODUCTS, {"x": ["n", 8]}, ["a", "c", "d"], {**QKV, **other}), optimise=False)
