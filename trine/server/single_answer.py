@@ -1,17 +1,40 @@
-"""Requests that take one response, whatever protocol they came by."""
+"""What calls of every protocol share: the end of a trace, and the one response of those that take one."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from trine.server.errors import Code, ServerError
-from trine.server.request import InferResponse
+from trine.server.request import InferRequest, InferResponse
 
 
-class SingleAnswer:
+class TracedCall:
+    """Finishes the trace of a request. A request that has none is not held: it holds its call already."""
+
+    __slots__ = ("_traced",)
+
+    def __init__(self) -> None:
+        self._traced: InferRequest | None = None
+
+    def trace(self, request: InferRequest) -> None:
+        """Called once the request is made, before it is submitted."""
+        if request.trace is not None:
+            self._traced = request
+
+    def finish_trace(self, traces: Any) -> None:
+        """The answer has been given."""
+        request, self._traced = self._traced, None
+        if request is not None:
+            traces.finish(request)
+
+
+class SingleAnswer(TracedCall):
     """Holds back a request's response until its final one says that there is no other."""
 
     __slots__ = ("_done", "_response")
 
     def __init__(self) -> None:
+        super().__init__()
         self._response: InferResponse | None = None
         self._done = False
 

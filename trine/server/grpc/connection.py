@@ -1,17 +1,15 @@
 """HTTP/2 as a gRPC server needs it: frames, streams, flow control.
 
-What comes in is not held back by windows (they are as large as they can be; a message has its own limit). What goes out
-keeps to the client's windows and frame size. The payload of a large message is received where it is to stay; the
-answers of one turn of the event loop leave in one piece.
+What comes in is not held back by windows (they are as large as they can be; a message has its own limit). The payload
+of a large message is received where it is to stay. `outgoing.py` is the other half: what goes out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from trine.server.grpc import frames, status
 from trine.server.grpc.frames import (
@@ -20,14 +18,13 @@ from trine.server.grpc.frames import (
     END_HEADERS,
     END_STREAM,
     HEADERS,
-    OK_BLOCK,
-    RESPONSE_BLOCK,
     ConnectionFailureError,
     frame,
     unpack_header,
 )
 from trine.server.grpc.heads import MAX_HEADER_LIST, HeadReader
-from trine.server.grpc.stream import Buffer, CallError, Method, Stream
+from trine.server.grpc.outgoing import Outgoing
+from trine.server.grpc.stream import CallError, Method, Stream
 
 if TYPE_CHECKING:
     from trine.server.grpc.server import GrpcServer
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trine.server.grpc")
 
 _WINDOW_STEP = 1 << 29
-_JOIN_BELOW = 64 << 10
 _LINGER = 1.0  # seconds in which a client may read why it is refused
 _MAX_UNANSWERED = 10_000  # control frames that a client may make us answer while it does not read
 _SETTINGS = frames.settings(
@@ -47,41 +43,26 @@ _SETTINGS = frames.settings(
     }
 ) + frames.window_update(0, frames.MAX_WINDOW - 65535)
 _ACK = frame(frames.SETTINGS, frames.ACK, 0, b"")
-_RESPONSE_FLAGS = END_HEADERS
-_TRAILER_FLAGS = END_HEADERS | END_STREAM
-_pack_frame = frames.header
 
 
-class GrpcConnection(asyncio.BufferedProtocol):
+class GrpcConnection(Outgoing):
     """One client."""
 
     def __init__(self, server: GrpcServer) -> None:
+        super().__init__()
         self.server = server
-        self.transport: Any = None
-        self.streams: dict[int, Stream] = {}
-        self.peer_window = 65535  # of a new stream
-        self._window = 65535  # of the connection
-        self._frame_size = 16384
-        self._blocked: dict[int, Stream] = {}  # streams that wait for a window
         self._heads = HeadReader()
         self._last_stream = 0
         self._pending = b""
         self._greeted = False
-        self._draining = False
-        self._closing = False
         self._consumed = 0
         self._continued: tuple[int, int, bytearray] | None = None  # a header block that goes on
         self._data_left = 0  # of a DATA frame that has not come whole
         self._data_stream: Stream | None = None
         self._data_ends = False
         self._direct = False
-        self._out: list[Buffer] = []
-        self._out_size = 0
-        self._reading = False
-        self._scheduled = False
         self._paused = False
         self._unanswered = 0
-        self._loop = asyncio.get_running_loop()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._heard = self._loop.time()
         self._asked = 0.0
@@ -364,14 +345,6 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self.forget(stream)
         stream.cancelled()
 
-    def forget(self, stream: Stream) -> None:
-        self.streams.pop(stream.id, None)
-        self._blocked.pop(stream.id, None)
-        stream.close()
-        if self._draining and not self.streams:
-            self.flush()
-            self.transport.close()
-
     # Control frames.
 
     def _rst_stream(self, flags: int, number: int, payload: bytes) -> None:
@@ -444,105 +417,6 @@ class GrpcConnection(asyncio.BufferedProtocol):
             self._reset(stream, frames.FLOW_CONTROL_ERROR)
         elif stream.queue is not None:
             self._pump(stream)
-
-    # What goes out.
-
-    def send(self, data: Buffer) -> None:
-        self._out.append(data)
-        self._out_size += len(data)
-        if not self._reading and not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self.flush)
-
-    def flush(self) -> None:
-        self._scheduled = False
-        if self._reading or not self._out:
-            return
-        parts, self._out = self._out, []
-        size, self._out_size = self._out_size, 0
-        if self._closing:
-            return
-        if size < _JOIN_BELOW:
-            self.transport.write(b"".join(parts))
-        else:
-            self.transport.writelines(parts)
-
-    def send_reply(self, stream: Stream, parts: Sequence[Buffer], length: int) -> None:
-        """Head, one message and status of a unary call: as one piece where the windows allow."""
-        total = length + 5
-        number = stream.id
-        if total > self._frame_size or total > stream.window or total > self._window or stream.queue is not None:
-            stream.headers_sent = True
-            self.send(frame(HEADERS, END_HEADERS, number, RESPONSE_BLOCK))
-            self.send_data(stream, (b"\0" + length.to_bytes(4, "big"), *parts), total)
-            stream.finish()
-            return
-        self._window -= total
-        head = (
-            _pack_frame(len(RESPONSE_BLOCK), HEADERS, _RESPONSE_FLAGS, number)
-            + RESPONSE_BLOCK
-            + _pack_frame(total, DATA, 0, number)
-            + b"\0"
-            + length.to_bytes(4, "big")
-        )
-        out = self._out
-        out.append(head)
-        out.extend(parts)
-        trailers = _pack_frame(len(OK_BLOCK), HEADERS, _TRAILER_FLAGS, number) + OK_BLOCK
-        self._out_size += length + len(head)
-        self.send(trailers)
-        if not stream.half_closed:
-            self.send(frames.rst_stream(number, frames.NO_ERROR))
-        self.forget(stream)
-
-    def send_data(self, stream: Stream, parts: Sequence[Buffer], length: int) -> None:
-        """DATA frames, now or when the client's windows allow."""
-        if stream.queue is None and length <= min(stream.window, self._window, self._frame_size):
-            stream.window -= length
-            self._window -= length
-            self.send(frames.header(length, DATA, 0, stream.id))
-            for part in parts:
-                self.send(part)
-            return
-        if stream.queue is None:
-            stream.queue = deque()
-        stream.queue.extend(part for part in parts if len(part))
-        self._pump(stream)
-
-    def send_trailers(self, stream: Stream, trailers: bytes) -> None:
-        if stream.queue is not None:
-            stream.trailers = trailers
-            return
-        self.send(trailers)
-        self.forget(stream)
-
-    def _pump(self, stream: Stream) -> None:
-        """Send what flow control held back, as far as it allows now."""
-        queue = stream.queue
-        assert queue is not None
-        while queue:
-            room = min(stream.window, self._window, self._frame_size)
-            if room <= 0:
-                self._blocked[stream.id] = stream
-                return
-            pieces, size = frames.cut(queue, room)
-            stream.window -= size
-            self._window -= size
-            self.send(frames.header(size, DATA, 0, stream.id))
-            for piece in pieces:
-                self.send(piece)
-        stream.queue = None
-        self._blocked.pop(stream.id, None)
-        if stream.trailers:
-            trailers, stream.trailers = stream.trailers, b""
-            self.send_trailers(stream, trailers)
-
-    def _resume(self) -> None:
-        for stream in list(self._blocked.values()):
-            if self._window <= 0:
-                return
-            if stream.queue is not None:
-                self._pump(stream)
 
     # Its end.
 

@@ -42,9 +42,10 @@ def infer(api: GrpcApi, stream: Stream, message: Buffer) -> None:
         if plan.problem is not None:
             raise plan.problem
         call = InferCall(api, stream, plan, model)
-        request = call.request = plan.request(tensors_of(plan, raws, api.memory), call.respond)
+        request = plan.request(tensors_of(plan, raws, api.memory), call.respond)
         request.deadline_ns = stream.deadline_ns
         api.prepare(request, stream)
+        call.trace(request)
         stream.on_cancel = request.cancel
         model.submit(request)
     except TrineError as error:
@@ -67,7 +68,7 @@ def find_model(api: GrpcApi, name: str, version: str) -> Any:
 class InferCall(SingleAnswer):
     """A request on its way, and how to answer it."""
 
-    __slots__ = ("_api", "_model", "_plan", "_stream", "request")
+    __slots__ = ("_api", "_model", "_plan", "_stream")
 
     def __init__(self, api: GrpcApi, stream: Stream, plan: Plan, model: Any) -> None:
         super().__init__()
@@ -75,7 +76,6 @@ class InferCall(SingleAnswer):
         self._stream = stream
         self._plan = plan
         self._model = model
-        self.request: InferRequest | None = None
 
     def respond(self, response: InferResponse) -> None:
         answer = self.collect(response)
@@ -91,8 +91,8 @@ class InferCall(SingleAnswer):
         except Exception as failure:
             told = answerable(failure)
             stream.finish(grpc_status(told), told.message)
-        if self.request is not None and self.request.trace is not None:
-            self._api.traces.finish(self.request)
+        if self._traced is not None:
+            self.finish_trace(self._api.traces)
 
 
 class StreamSession:
@@ -189,8 +189,10 @@ class StreamSession:
 
     def finished(self, call: StreamCall) -> None:
         self._open.discard(call)
-        if call.request is not None and call.request.trace is not None:
-            self.api.traces.finish(call.request)
+        if call.request is not None:
+            if call.request.trace is not None:
+                self.api.traces.finish(call.request)
+            call.request = None  # each held the other
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:

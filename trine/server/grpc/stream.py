@@ -255,6 +255,7 @@ class Stream:
         """The call's status; nothing follows."""
         if self.closed:
             return
+        self.on_cancel = None
         block = status_block(code, message)
         if not self.headers_sent:
             self.headers_sent = True
@@ -283,6 +284,7 @@ class Stream:
     def close(self) -> None:
         """Let go of everything; the connection has forgotten this stream."""
         self.closed = True
+        self.on_message = self.on_half_close = None
         self.queue = None
         self._buffer = None
         if self._timer is not None:

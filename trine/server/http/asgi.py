@@ -28,6 +28,7 @@ class AsgiExchange(Exchange):
         if not self._open:
             return
         self._open = False
+        self.on_disconnect = None
         body = b"".join(parts)
         length = (b"Content-Length", str(len(body)).encode())
         self.messages.put_nowait({"type": "http.response.start", "status": status, "headers": [*headers, length]})
@@ -42,6 +43,7 @@ class AsgiExchange(Exchange):
     def end(self) -> None:
         if self._open:
             self._open = False
+            self.on_disconnect = None
             self.messages.put_nowait({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -103,6 +103,7 @@ class NativeExchange(Exchange):
         if not self._open or connection.exchange is not self:
             return
         self._open = False
+        self.on_disconnect = None
         length = 0
         for part in parts:
             length += len(part)
@@ -133,6 +134,7 @@ class NativeExchange(Exchange):
     def end(self) -> None:
         if self._open and self._connection.exchange is self:
             self._open = False
+            self.on_disconnect = None
             self._connection.transport.write(b"0\r\n\r\n")
             self._connection.finished()
 

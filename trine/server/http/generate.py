@@ -12,7 +12,8 @@ from trine.server.errors import ServerError, answerable
 from trine.server.http.exchange import EVENTS, JSON, Exchange, error_body
 from trine.server.http.values import array_values, decode_values, encode_list, parse_json
 from trine.server.plan import InputPlan, Plan
-from trine.server.request import InferRequest, InferResponse
+from trine.server.request import InferResponse
+from trine.server.single_answer import TracedCall
 from trine.server.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ def _start(api: HttpApi, exchange: Exchange, name: str, version: str, kind: type
     _read(plan, document, model.config)
     inputs = {planned.name: planned.tensor for planned in plan.inputs if planned.tensor is not None}
     call = kind(api, exchange, plan, model)
-    request = call.request = plan.request(inputs, call.respond)
+    request = plan.request(inputs, call.respond)
     api.prepare(request, exchange)
+    call.trace(request)
     exchange.on_disconnect = request.cancel
     model.submit(request)
 
@@ -83,19 +85,19 @@ def _input(name: str, value: Any, tensor: Any, batched: bool) -> InputPlan:
     return InputPlan(name, datatype, shape, tensor=decode_values(name, datatype, shape, values))
 
 
-class GenerateCall:
+class GenerateCall(TracedCall):
     """A request on its way, answered by one JSON object."""
 
-    __slots__ = ("_api", "_done", "_exchange", "_model", "_plan", "_responses", "request")
+    __slots__ = ("_api", "_done", "_exchange", "_model", "_plan", "_responses")
 
     def __init__(self, api: HttpApi, exchange: Exchange, plan: Plan, model: Any) -> None:
+        super().__init__()
         self._api = api
         self._exchange = exchange
         self._plan = plan
         self._model = model
         self._responses: list[InferResponse] = []
         self._done = False
-        self.request: InferRequest | None = None
 
     def respond(self, response: InferResponse) -> None:
         if self._done:
@@ -114,7 +116,7 @@ class GenerateCall:
                 self._exchange.respond(200, JSON, (self._encode(self._responses[0]),))
         except Exception as failure:
             self._exchange.respond_error(answerable(failure))
-        self._finish()
+        self.finish_trace(self._api.traces)
 
     def _encode(self, response: InferResponse) -> bytes:
         """Outputs by name, one element as a scalar; keys in order."""
@@ -130,10 +132,6 @@ class GenerateCall:
             fields[output.name] = _encode(output)
         pairs = (f"{msgspec.json.encode(name).decode()}:{fields[name]}" for name in sorted(fields))
         return f"{{{','.join(pairs)}}}".encode()
-
-    def _finish(self) -> None:
-        if self.request is not None and self.request.trace is not None:
-            self._api.traces.finish(self.request)
 
 
 def _encode(output: Tensor) -> str:
@@ -162,13 +160,13 @@ class StreamCall(GenerateCall):
                 data = self._encode(response)
             except Exception as failure:
                 error = answerable(failure)
-                if self.request is not None:
-                    self.request.cancel()
+                if exchange.on_disconnect is not None:
+                    exchange.on_disconnect()
         final = response.final or error is not None
         self._done = final
         if error is not None and not self._begun:
             exchange.respond_error(error)
-            self._finish()
+            self.finish_trace(self._api.traces)
             return
         if not self._begun:
             self._begun = True
@@ -179,4 +177,4 @@ class StreamCall(GenerateCall):
             exchange.write(b"data: %b\n\n" % data)
         if final:
             exchange.end()
-            self._finish()
+            self.finish_trace(self._api.traces)

@@ -16,7 +16,7 @@ from trine.server.http.connection import too_large
 from trine.server.http.exchange import JSON, Buffer, Exchange, HeaderBlock
 from trine.server.http.values import decode_document, decode_values, encode_values
 from trine.server.plan import InputPlan, OutputPlan, Plan, answered, classification_of, region_of
-from trine.server.request import InferRequest, InferResponse
+from trine.server.request import InferResponse
 from trine.server.single_answer import SingleAnswer
 from trine.server.tensors import Tensor
 
@@ -55,8 +55,9 @@ def infer(api: HttpApi, exchange: Exchange, name: str, version: str) -> None:
             if all(planned.tensor is None for planned in plan.inputs):
                 api.plans.add(head, plan)
     call = InferCall(api, exchange, plan, model)
-    request = call.request = plan.request(_inputs(api, plan, tensors, name), call.respond)
+    request = plan.request(_inputs(api, plan, tensors, name), call.respond)
     api.prepare(request, exchange)
+    call.trace(request)
     exchange.on_disconnect = request.cancel
     model.submit(request)
 
@@ -71,7 +72,7 @@ class DecoupledError(ServerError):
 class InferCall(SingleAnswer):
     """A request on its way, and how to answer it."""
 
-    __slots__ = ("_api", "_exchange", "_model", "_plan", "request")
+    __slots__ = ("_api", "_exchange", "_model", "_plan")
 
     def __init__(self, api: HttpApi, exchange: Exchange, plan: Plan, model: Any) -> None:
         super().__init__()
@@ -79,7 +80,6 @@ class InferCall(SingleAnswer):
         self._exchange = exchange
         self._plan = plan
         self._model = model
-        self.request: InferRequest | None = None
 
     def respond(self, response: InferResponse) -> None:
         answer = self.collect(response)
@@ -93,8 +93,8 @@ class InferCall(SingleAnswer):
         except Exception as failure:
             self._exchange.respond_error(answerable(failure))
         finally:
-            if self.request is not None and self.request.trace is not None:
-                self._api.traces.finish(self.request)
+            if self._traced is not None:
+                self.finish_trace(self._api.traces)
 
     def _answer(self, response: InferResponse) -> None:
         plan, exchange = self._plan, self._exchange

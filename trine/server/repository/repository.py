@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
@@ -38,6 +37,7 @@ from trine.server.repository.entries import (
 )
 from trine.server.repository.files import ModelFolder, Signature
 from trine.server.repository.loader import BackendRegistry, Loader, Plan, members, placements
+from trine.server.repository.on_demand import OnDemand
 from trine.server.repository.planning import check_circle, differ_in_instances_only, in_dependency_order, message_of
 from trine.server.repository.settings import RepositorySettings
 from trine.server.repository.sources import Sources, write_files
@@ -45,6 +45,7 @@ from trine.server.repository.watcher import Watcher
 from trine.server.request import InferRequest
 from trine.server.scheduling.rate_limiter import RateLimiter
 from trine.server.scheduling.response_cache import ResponseCache, make_cache
+from trine.server.timing import keep_time
 from trine.server.traffic import TrafficSplit
 from trine.server.warmup import rehearse
 
@@ -52,9 +53,7 @@ logger = logging.getLogger("trine.server")
 
 ModelConfig = Any
 
-_FAILED_SECONDS = 1.0  # a model that could not be loaded on demand is not tried again for so long
 _LONGEST_BREATH = 0.05  # seconds between two swaps at most
-_SWITCH_INTERVAL = 0.00005  # seconds a thread may keep the interpreter while another waits for it
 
 
 class Repository:
@@ -77,8 +76,9 @@ class Repository:
         self._known: set[str] = set()
         self._watcher: Watcher | None = None
         self._rested_at = 0.0
-        self._awaited: dict[str, list[Callable[[], None]]] = {}
-        self._failed_until: dict[str, float] = {}
+        self._on_demand = OnDemand(
+            self.settings.max_loaded, self._entries, self._load_if_there, self._withdraw_now, self._is_needed
+        )
         self.cache: ResponseCache | None = make_cache(self.settings.cache_size, self.settings.cache_url)
 
     # Looking up
@@ -156,7 +156,7 @@ class Repository:
 
     async def start(self) -> None:
         """Load what is to be served. ModelLoadError where a model fails and `exit_on_error` is set."""
-        sys.setswitchinterval(min(_SWITCH_INTERVAL, sys.getswitchinterval()))
+        keep_time()
         settings = self.settings
         await self._in_thread(self._sources.check)
         self._attach(asyncio.get_running_loop())
@@ -308,9 +308,12 @@ class Repository:
 
     async def _withdraw_all(self, entry: ModelEntry) -> None:
         async with entry.lock:
-            for version in list(entry.versions):
-                self._withdraw(entry, version)
-            entry.config = None
+            self._withdraw_now(entry)
+
+    def _withdraw_now(self, entry: ModelEntry) -> None:
+        for version in list(entry.versions):
+            self._withdraw(entry, version)
+        entry.config = None
 
     def _require_explicit(self) -> None:
         if self.settings.control_mode != "explicit":
@@ -469,7 +472,7 @@ class Repository:
         if before is not None and before.model is not None:
             model.follow(before.model)
             self._retire(before.model)
-        self._evict(keep=entry.name)
+        self._on_demand.evict(keep=entry.name)
         return model
 
     def _withdraw(self, entry: ModelEntry, version: str) -> None:
@@ -497,7 +500,11 @@ class Repository:
             if done is not None:
                 done()
 
-        task = asyncio.create_task(leave())
+        self._keep_running(leave())
+
+    def _keep_running(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run it as a task that `close` waits for."""
+        task = asyncio.create_task(coroutine)
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
@@ -523,48 +530,17 @@ class Repository:
 
     def wants_load(self, name: str) -> bool:
         """Whether a model that is asked for has to be loaded first: then `load_then` is to be called."""
-        if not self.settings.max_loaded or name not in self._known:
-            return False
-        entry = self._entries.get(name)
-        return (entry is None or entry.newest is None) and monotonic() > self._failed_until.get(name, 0.0)
+        return name in self._known and self._on_demand.wants(name)
 
     def load_then(self, name: str, again: Callable[[], None]) -> None:
         """Load a model that is asked for, then call `again`, whether it could be loaded or not."""
-        waiting = self._awaited.setdefault(name, [])
-        waiting.append(again)
-        if len(waiting) > 1:
-            return
+        if not self._on_demand.wait(name, again):
+            self._keep_running(self._on_demand.load(name))
 
-        async def load() -> None:
-            try:
-                folders, _ = await self._in_thread(self._sources.folders)
-                if name in folders:
-                    await self._load_with_members(folders[name], folders)
-            except TrineError as error:
-                logger.error("model %s can't be loaded on demand: %s", name, error.message)
-                self._failed_until[name] = monotonic() + _FAILED_SECONDS
-            for retry in self._awaited.pop(name):
-                retry()
-
-        task = asyncio.create_task(load())
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
-
-    def _evict(self, keep: str) -> None:
-        """Unload the models that were used least recently, those with requests aside, until `max_loaded` are left."""
-        if not self.settings.max_loaded:
-            return
-        served = [entry for entry in self._entries.values() if entry.newest is not None]
-        surplus = len(served) - self.settings.max_loaded
-        for entry in sorted(served, key=lambda entry: entry.last_used_ms):
-            if surplus <= 0:
-                return
-            if entry.name == keep or entry.lock.locked() or entry.busy or self._is_needed(entry.name):
-                continue
-            for version in list(entry.versions):
-                self._withdraw(entry, version)
-            entry.config = None
-            surplus -= 1
+    async def _load_if_there(self, name: str) -> None:
+        folders, _ = await self._in_thread(self._sources.folders)
+        if name in folders:
+            await self._load_with_members(folders[name], folders)
 
     # Traffic
 
