@@ -236,3 +236,24 @@ def test_merged_weights_are_refitted_by_their_own_names() -> None:
         np.testing.assert_allclose(plan.run(inputs)[name], array, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigurationError, match=r"must be float32 \[8, 4\]"):
         plan.refit({"k": weights(8, 6)})
+
+
+def test_every_node_knows_what_it_was_made_of() -> None:
+    tail = [node("BatchNormalization", "c s b m v", "n", name="norm"), node("Identity", "n", "i", name="same")]
+    made = convolution(*tail, node("Add", "x i", "a", name="sum"), node("Relu", "a", "y", name="act"))
+    made.graph.node[0].name = "conv"
+    graph = import_model(made)
+    optimise(graph)
+    (fused,) = graph.nodes
+    assert sorted(fused.origins) == ["Add sum", "BatchNormalization norm", "Conv conv", "Identity same", "Relu act"]
+
+
+def test_a_merged_product_is_made_of_all_of_them() -> None:
+    nodes = [onnx.NodeProto.FromString(item.SerializeToString()) for item in PRODUCTS]
+    for item in nodes:
+        item.name = item.output[0]
+    graph = import_model(model(nodes, {"x": ["n", 8]}, ["a", "c", "d"], QKV))
+    optimise(graph)
+    merged, split = graph.nodes
+    assert set(merged.origins) == {"MatMul m", "Add a", "MatMul c", "MatMul d"}
+    assert split.origins == ()

@@ -119,6 +119,7 @@ class Plan:
             "op": node.op,
             "inputs": [value.name for value in node.inputs if value is not None],
             "outputs": [_described(value) for value in node.outputs if value.name],
+            "origins": list(node.origins),
             "tactic": "reference" if choice is None else choice.tactic,
             "times_ms": {} if choice is None else choice.times,
         }

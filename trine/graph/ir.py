@@ -63,13 +63,17 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One operation. An input that is left out is None, an output that nobody wants has an empty name."""
+    """One operation. An input that is left out is None, an output that nobody wants has an empty name.
+
+    `origins` are the nodes of the model that it computes, for people.
+    """
 
     op: str
     inputs: list[Value | None]
     outputs: list[Value]
     attributes: dict[str, Any] = field(default_factory=dict)
     name: str = ""
+    origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for value in self.outputs:

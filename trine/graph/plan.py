@@ -6,8 +6,8 @@
                "tactics", "effects", "profiles"}
     weights   from the next multiple of 64 on; offsets count from there
 
-Values are numbers in the order in which they are met; a node is a list of its operator, name, inputs, outputs and
-attributes. The file holds no code and no layout of one machine: another machine loads it and packs for itself.
+Values are numbers in the order in which they are met; a node is a list of its operator, name, inputs, outputs,
+attributes and origins. The file holds no code and no layout of one machine: another machine packs for itself.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ class _Writer:
     def node(self, node: Node) -> list[Any]:
         inputs = [self.value(value) for value in node.inputs]
         attributes = {key: self.attribute(value) for key, value in node.attributes.items()}
-        return [node.op, node.name, inputs, [self.value(value) for value in node.outputs], attributes]
+        outputs = [self.value(value) for value in node.outputs]
+        return [node.op, node.name, inputs, outputs, attributes, node.origins]
 
     def attribute(self, value: Any) -> Any:
         if isinstance(value, Graph):
@@ -193,7 +194,7 @@ class _Reader:
         values = self.values
         graph = Graph(described["name"], output_names=list(described["output_names"]))
         graph.inputs = [values[index] for index in described["inputs"]]
-        for op, name, inputs, outputs, attributes in described["nodes"]:
+        for op, name, inputs, outputs, attributes, origins in described["nodes"]:
             graph.nodes.append(
                 Node(
                     op,
@@ -201,6 +202,7 @@ class _Reader:
                     [values[index] for index in outputs],
                     {key: self.attribute(value) for key, value in attributes.items()},
                     name,
+                    tuple(str(origin) for origin in origins),
                 )
             )
         graph.outputs = [values[index] for index in described["outputs"]]

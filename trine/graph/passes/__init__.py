@@ -20,6 +20,7 @@ from trine.graph.passes.gelu import fuse_gelu, fuse_silu
 from trine.graph.passes.linear import fuse_linear
 from trine.graph.passes.merge import merge_linear
 from trine.graph.passes.normalization import fuse_layer_norm, fuse_rms_norm
+from trine.graph.passes.origins import Snapshot, label, trace_origins
 from trine.graph.passes.simplify import simplify
 from trine.graph.passes.transposes import cancel_transposes
 from trine.graph.shapes import infer_shapes
@@ -66,10 +67,14 @@ class Effect:
 def optimise(graph: Graph, passes: Sequence[Pass] = PASSES) -> list[Effect]:
     """Run the passes over `graph`, in place, with the verifier after each."""
     effects = []
+    for node in graph.walk():
+        node.origins = node.origins or (label(node),)
     for run in passes:
         before = Counter(node.op for node in graph.walk())
+        snapshot = Snapshot.of(graph)
         run(graph)
         graph.verify()
+        trace_origins(snapshot, graph)
         after = Counter(node.op for node in graph.walk())
         effects.append(Effect(run.__name__, dict(after - before), dict(before - after)))
     return effects
