@@ -25,6 +25,7 @@ SOURCES = {
     "runtime.cpp": ("x86_64_v2", "x86-64-v2"),
     "pack.cpp": ("x86_64_v2", "x86-64-v2"),
     "penalties.cpp": ("x86_64_v2", "x86-64-v2"),
+    "tape.cpp": ("x86_64_v2", "x86-64-v2"),
     "decoder.cpp": ("x86_64_v2", "x86-64-v2"),
     "api.cpp": ("x86_64_v2", "x86-64-v2"),
     "isa/avx2.cpp": ("haswell", "haswell"),
@@ -69,7 +70,7 @@ def compile_library(compiler: list[str], is_zig: bool, objects: Path, library: P
     library.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, then in its place: a process that has the old library mapped keeps it.
     fresh = library.with_suffix(".new")
-    link = ["-shared", "-s", "-nostdlib++", "-lpthread"] if is_zig else ["-shared", "-s", "-pthread"]
+    link = ["-shared", "-s", "-nostdlib++", "-lpthread", "-lm"] if is_zig else ["-shared", "-s", "-pthread", "-lm"]
     subprocess.run([*compiler, *(extra[:2]), *files, *link, "-o", str(fresh)], check=True)
     fresh.replace(library)
 

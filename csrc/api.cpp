@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "runtime.h"
+#include "tape.h"
 
 namespace trine {
 
@@ -95,7 +96,7 @@ EXPORT int64_t trine_weight_bytes(const Weight* weight) { return weight->data_by
 EXPORT void trine_linear(const Weight* weight, const void* x, const void* bias, void* out, int64_t rows,
                          int64_t x_stride, int x_dtype, int out_dtype, int silu_mul) {
     kernels->linear({weight, x, bias, out, rows, x_stride, static_cast<DType>(x_dtype), static_cast<DType>(out_dtype),
-                     silu_mul != 0});
+                     silu_mul != 0, nullptr, 0, 0, NO_ACTIVATION});
 }
 // -1 and nothing done when an id is not a row of the weight.
 EXPORT int trine_embedding(const Weight* weight, const int64_t* ids, void* out, int64_t rows, int out_dtype) {
@@ -155,3 +156,19 @@ EXPORT void trine_attention(const void* q, const void* k_cache, const void* v_ca
 }
 // `args` is a DecoderArgs, laid out as trine/kernels/cpu/decoder.py has it.
 EXPORT void trine_decoder(const DecoderArgs* args) { run_decoder(*kernels, *args); }
+// The kernel of a tape's steps by its name: its number in this build, or -1. `bytes` becomes the size of its arguments.
+EXPORT int trine_step_find(const char* name, int64_t* bytes) {
+    for (int i = 0; kernels && i < kernels->step_count; ++i)
+        if (!strcmp(kernels->steps[i].name, name)) {
+            *bytes = kernels->steps[i].bytes;
+            return i;
+        }
+    return -1;
+}
+// -1, or the step that failed; laid out as trine/graph/native/tape.py has it. `times`: null, or nanoseconds of each step.
+EXPORT int64_t trine_tape_run(const Tape* tape, int64_t first, int64_t end, char* args, char* const* bases,
+                              int64_t* times) {
+    return run_tape(*kernels, *tape, first, end, args, bases, times);
+}
+EXPORT void* trine_pages_new(int64_t bytes) { return allocate_pages(static_cast<size_t>(bytes)); }
+EXPORT void trine_pages_delete(void* pages, int64_t bytes) { free_pages(pages, static_cast<size_t>(bytes)); }

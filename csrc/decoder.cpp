@@ -27,7 +27,8 @@ struct Pass {
 
     void linear(const Weight* weight, const void* bias, const char* from, char* to, int64_t rows, int64_t columns,
                 bool silu_mul = false) const {
-        kernels.linear({weight, from, bias, to, rows, columns, args.dtype, args.dtype, silu_mul});
+        kernels.linear({weight, from, bias, to, rows, columns, args.dtype, args.dtype, silu_mul, nullptr, 0, 0,
+                        NO_ACTIVATION});
     }
 
     void norm(const char* from, char* residual, const void* weight, char* to, int64_t rows) const {

@@ -7,7 +7,8 @@
 
 namespace trine {
 
-enum DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3 };
+// Of weights and activations: the first four. Graphs move the others about, too; UINT8 stands for bool as well.
+enum DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, UINT8 = 4, INT32 = 5, INT64 = 6 };
 
 struct bf16 {
     uint16_t bits;
@@ -52,6 +53,19 @@ Weight* new_weight(int64_t n, int64_t k, DType dtype, int64_t group);
 void delete_weight(Weight* weight);
 void pack_weight(const Weight& weight, const void* source, DType dtype);  // source [n, k], contiguous
 
+// What a fused kernel applies last.
+enum Activation : int32_t {
+    NO_ACTIVATION = 0,
+    RELU = 1,
+    RELU6 = 2,
+    SIGMOID = 3,
+    TANH = 4,
+    SILU = 5,
+    HARDSWISH = 6,
+    GELU = 7,
+    GELU_TANH = 8
+};
+
 struct LinearArgs {
     const Weight* weight;
     const void* x;     // [rows, k], rows x_stride elements apart
@@ -59,7 +73,11 @@ struct LinearArgs {
     void* out;         // [rows, n], or [rows, n / 2] with silu_mul
     int64_t rows, x_stride;
     DType x_dtype, out_dtype;
-    bool silu_mul;  // the first half of the columns is the gate: out = silu(gate) * up
+    bool silu_mul;                // the first half of the columns is the gate: out = silu(gate) * up
+    const void* residual;         // [rows, n] of x's dtype, or null: added before the activation
+    int64_t residual_stride;      // elements from row to row
+    int64_t out_stride;           // elements from row to row; 0: rows touch
+    Activation activation;
 };
 
 struct NormArgs {
@@ -132,6 +150,14 @@ struct PenaltyArgs {
 void penalise(const PenaltyArgs& args, float* logits, const int64_t* lines, int64_t size, int64_t stride);
 void count_tokens(const PenaltyArgs& args, const int64_t* tokens);
 
+// A kernel that a tape can run (csrc/tape.h): it takes its arguments as one struct of `bytes` bytes, and gives 0, or -1
+// when what it read (an index) was out of range.
+struct StepKernel {
+    const char* name;
+    int (*run)(const void* args);
+    int64_t bytes;
+};
+
 // One build of the kernels. Null entries don't exist: each build has them all.
 struct Kernels {
     const char* name;
@@ -148,6 +174,8 @@ struct Kernels {
     float (*probe_read)(const void* memory, int64_t bytes);
     float (*probe_fma)(int64_t tasks, int64_t steps);
     int vector_width;
+    const StepKernel* steps;
+    int step_count;
 };
 
 // One layer of a decoder of the Llama kind. Null: no such bias, no norm of heads.

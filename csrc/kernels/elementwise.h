@@ -1,6 +1,7 @@
 // Norms and activations: one pass over memory, rows shared among threads when there is enough to do.
 #pragma once
 
+#include "activation.h"
 #include "vec.h"
 
 namespace trine {
@@ -96,29 +97,6 @@ static void silu_mul(const void* gate_up, void* y, int64_t rows, int64_t size, D
             }
         });
     });
-}
-
-// tanh(x) = 1 - 2 / (e^2x + 1).
-INLINE vf tanh(vf x) { return sub(set1(1.0f), div(set1(2.0f), add(exp(add(x, x)), set1(1.0f)))); }
-
-// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: absolute error below 1.5e-7.
-INLINE vf erf(vf x) {
-    const vf a = abs(x);
-    const vf t = div(set1(1.0f), fma(set1(0.3275911f), a, set1(1.0f)));
-    vf p = set1(1.061405429f);
-    p = fma(p, t, set1(-1.453152027f));
-    p = fma(p, t, set1(1.421413741f));
-    p = fma(p, t, set1(-0.284496736f));
-    p = fma(p, t, set1(0.254829592f));
-    const vf y = sub(set1(1.0f), mul(mul(p, t), exp(sub(zero(), mul(a, a)))));
-    return flip_sign(y, sign_of(x));
-}
-
-INLINE vf gelu_of(vf x, bool approximate) {
-    const vf half = mul(x, set1(0.5f));
-    if (!approximate) return mul(half, add(set1(1.0f), erf(mul(x, set1(0.70710678f)))));
-    const vf inner = mul(set1(0.79788456f), fma(mul(mul(x, x), x), set1(0.044715f), x));
-    return mul(half, add(set1(1.0f), tanh(inner)));
 }
 
 static void gelu(const void* x, void* y, int64_t count, bool approximate, DType dtype) {

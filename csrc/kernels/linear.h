@@ -10,6 +10,7 @@
 // batch, bit for bit.
 #pragma once
 
+#include "activation.h"
 #include "vec.h"
 
 namespace trine {
@@ -221,7 +222,9 @@ static void write_out(const LinearJob& job, const LinearTask& task, const float*
     const int64_t first = task.panel * PANEL;
     const int64_t count = min(task.panels * PANEL, columns - first);
     for (int64_t r = 0; r < task.rows; ++r) {
-        Out* out = static_cast<Out*>(args.out) + (job.first_row + task.row + r) * columns + first;
+        const int64_t row = job.first_row + task.row + r;
+        Out* out = static_cast<Out*>(args.out) + row * (args.out_stride ? args.out_stride : columns) + first;
+        const X* residual = static_cast<const X*>(args.residual) + row * args.residual_stride + first;
         const float* sums = c + r * ldc;
         for (int64_t i = 0; i < count; i += W) {
             vf y = load(sums + i);
@@ -231,6 +234,8 @@ static void write_out(const LinearJob& job, const LinearTask& task, const float*
                 if (bias) up = add(up, load_upto(bias + columns + first + i, count - i));
                 y = mul(silu(y), up);
             }
+            if (args.residual) y = add(y, load_upto(residual + i, count - i));
+            y = activate(y, args.activation);
             store_upto(out + i, y, count - i);
         }
     }

@@ -12,6 +12,7 @@
 #include "prepare_qkv.h"
 #include "probe.h"
 #include "sampling.h"
+#include "steps.h"
 
 namespace trine {
 namespace TRINE_ISA {
@@ -27,7 +28,8 @@ static void linear(const LinearArgs& args) {
 
 static constexpr Kernels table(const char* name) {
     return Kernels{name,      linear,    norm,   silu_mul,   gelu,      prepare_qkv,
-                   attention, embedding, sample, score,      probe_read, probe_fma, W};
+                   attention, embedding, sample, score,      probe_read, probe_fma, W,
+                   STEPS,     sizeof(STEPS) / sizeof(STEPS[0])};
 }
 
 }  // namespace TRINE_ISA

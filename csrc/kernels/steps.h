@@ -1,0 +1,35 @@
+// The kernels that a tape can run. One line each: the function, which takes one struct of arguments, and that struct. The
+// function's name is how trine/graph/native knows it.
+#pragma once
+
+#include "chain.h"
+#include "copy.h"
+
+namespace trine {
+namespace TRINE_ISA {
+
+static void linear(const LinearArgs& args);
+
+template <class Args>
+INLINE int as_result(void (*kernel)(const Args&), const Args& args) {
+    kernel(args);
+    return 0;
+}
+template <class Args>
+INLINE int as_result(int (*kernel)(const Args&), const Args& args) {
+    return kernel(args);
+}
+
+#define TRINE_STEP(function, Args)                                                                      \
+    StepKernel {                                                                                        \
+        #function, [](const void* args) { return as_result(function, *static_cast<const Args*>(args)); }, sizeof(Args) \
+    }
+
+static constexpr StepKernel STEPS[] = {
+    TRINE_STEP(linear, LinearArgs),
+    TRINE_STEP(chain, ChainArgs),
+    TRINE_STEP(copy, CopyArgs),
+};
+
+}  // namespace TRINE_ISA
+}  // namespace trine

@@ -1,0 +1,30 @@
+// A tape: the steps of a graph for one set of shapes, run one after another without anything in between.
+#pragma once
+
+#include "runtime.h"
+
+namespace trine {
+
+struct TapeStep {
+    int64_t kernel;  // in Kernels::steps
+    int64_t args;    // where its arguments lie, in bytes from the start of all arguments
+};
+
+// A pointer among the arguments: *(char**)(args + place) = bases[base] + offset.
+struct TapePointer {
+    int64_t place, base, offset;
+};
+
+struct Tape {
+    const TapeStep* steps;
+    const TapePointer* pointers;
+    int64_t step_count, pointer_count;
+};
+
+// Runs the steps [first, end). `args` are the caller's own copy of the arguments; its pointers are set to where `bases`
+// lie now when `first` is 0 or `bases` changed, that is, on every call: it costs less than to know. Two threads may run
+// one tape on arguments of their own. Gives -1, or the number of the step that failed.
+int64_t run_tape(const Kernels& kernels, const Tape& tape, int64_t first, int64_t end, char* args, char* const* bases,
+                 int64_t* times);
+
+}  // namespace trine

@@ -1,0 +1,17 @@
+"""The CPU's own way of running a graph: kernels of the native library, recorded on a tape and run in one call.
+
+docs/graph-native.md says how it works and how to add a kernel.
+"""
+
+from __future__ import annotations
+
+from trine.graph.native import elementwise, linear, structure
+from trine.graph.native.packed import Packed
+from trine.graph.native.program import NativeProgram
+from trine.graph.native.recorder import RULES, Recorder, native
+from trine.graph.native.tensor import Tensor
+
+__all__ = ["RULES", "NativeProgram", "Packed", "Recorder", "Tensor", "native"]
+
+_MODULES = (elementwise, linear, structure)
+"""Rules register themselves when they are imported."""

@@ -1,0 +1,130 @@
+"""Tapes as the native library takes them (csrc/tape.h), and memory to run them on."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trine.core.errors import InsufficientMemoryError
+from trine.graph.native.arena import aligned
+from trine.graph.native.tensor import Tensor
+from trine.kernels.cpu.native import load
+
+_ALIGNMENT = 64
+
+
+@dataclass(eq=False)
+class Step:
+    """One call of a kernel: its arguments, and the tensors that its pointers name."""
+
+    kernel: int
+    args: ctypes.Structure
+    pointers: dict[int, Tensor]
+    """By place in the arguments, in bytes."""
+    name: str
+    """Of the node that it works for."""
+    in_place: tuple[tuple[Tensor, Tensor], ...] = ()
+    """(read, written): the result may lie where the operand lies."""
+    time: int = 0
+
+
+class _Step(ctypes.Structure):
+    """TapeStep in csrc/tape.h."""
+
+    _fields_ = (("kernel", c_int64), ("args", c_int64))
+
+
+class _Pointer(ctypes.Structure):
+    """TapePointer in csrc/tape.h."""
+
+    _fields_ = (("place", c_int64), ("base", c_int64), ("offset", c_int64))
+
+
+class _Tape(ctypes.Structure):
+    """Tape in csrc/tape.h."""
+
+    _fields_ = (("steps", c_void_p), ("pointers", c_void_p), ("step_count", c_int64), ("pointer_count", c_int64))
+
+
+def library() -> ctypes.CDLL:
+    found, status = load()
+    if found is None:
+        raise RuntimeError(f"the native CPU kernels are not there: {status}")
+    return found
+
+
+def find_kernel(name: str, args: type[ctypes.Structure]) -> int:
+    """The kernel's number in this build. RuntimeError when there is none, or it takes arguments of another size."""
+    size = c_int64(0)
+    number: int = library().trine_step_find(name.encode(), ctypes.byref(size))
+    if number < 0 or size.value != ctypes.sizeof(args):
+        raise RuntimeError(
+            f"kernel {name!r} takes {size.value} bytes of arguments, {args.__name__} has {ctypes.sizeof(args)}"
+        )
+    return number
+
+
+class Tape:
+    """Steps, frozen. Several threads may run it at once, each on a context of its own."""
+
+    def __init__(self, steps: Sequence[Step], arena_bytes: int, slots: int) -> None:
+        self.steps = list(steps)
+        self.arena_bytes, self.slots = arena_bytes, slots
+        places, size = [], 0
+        for step in steps:
+            places.append(size)
+            size += -(-ctypes.sizeof(step.args) // _ALIGNMENT) * _ALIGNMENT
+        self.args = bytearray(size)
+        pointers: list[tuple[int, int, int]] = []
+        for step, start in zip(steps, places, strict=True):
+            self.args[start : start + ctypes.sizeof(step.args)] = bytes(step.args)
+            for place, tensor in step.pointers.items():
+                offset = tensor.offset * tensor.itemsize
+                if tensor.buffer.address:
+                    self.args[start + place : start + place + 8] = (tensor.buffer.address + offset).to_bytes(
+                        8, "little"
+                    )
+                else:
+                    pointers.append((start + place, tensor.buffer.slot, tensor.buffer.root.offset + offset))
+        self._steps = (_Step * max(1, len(steps)))(
+            *(_Step(step.kernel, start) for step, start in zip(steps, places, strict=True))
+        )
+        self._pointers = (_Pointer * max(1, len(pointers)))(*(_Pointer(*pointer) for pointer in pointers))
+        self._tape = _Tape(ctypes.addressof(self._steps), ctypes.addressof(self._pointers), len(steps), len(pointers))
+        self._run = library().trine_tape_run
+
+    def run(self, context: Context, first: int, end: int, times: Any = None) -> int:
+        """Steps [first, end). -1, or the step that failed on its inputs."""
+        result: int = self._run(ctypes.byref(self._tape), first, end, context.args, context.bases, times)
+        return result
+
+
+class Context:
+    """What one thread needs to run a tape: the arena, the arguments with its pointers, the addresses of its slots."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.nbytes = max(1, tape.arena_bytes)
+        address = library().trine_pages_new(self.nbytes)
+        if not address:
+            raise InsufficientMemoryError(
+                f"no memory for {self.nbytes} bytes of intermediate values: use a smaller batch"
+            )
+        memory = (ctypes.c_uint8 * self.nbytes).from_address(address)
+        weakref.finalize(memory, library().trine_pages_delete, address, self.nbytes)
+        self.arena: torch.Tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.args = (ctypes.c_uint8 * max(1, len(tape.args))).from_buffer_copy(bytes(tape.args) or b"\0")
+        self.bases = (c_void_p * tape.slots)()
+        self.bases[0] = address
+        self.address = address
+
+    def view(self, tensor: Tensor) -> torch.Tensor:
+        """The tensor in the arena, as torch sees it."""
+        start = tensor.buffer.root.offset
+        flat = self.arena[start : start + aligned(tensor.buffer.nbytes)].view(tensor.dtype.torch)
+        return flat.as_strided(tensor.shape, tensor.strides, flat.storage_offset() + tensor.offset)
