@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trine.graph.memory import memory_use
 from trine.graph.passes import Effect
 from trine.graph.passes import optimise as run_passes
 from trine.graph.passes.merge import parts_of
+from trine.graph.precision import Accuracy, Data, Report, lower_precision
 from trine.graph.profiles import Profile, check_profiles, described, find_profile, from_description
 from trine.graph.runtime import Program, check_input
 from trine.graph.tactics import Choice, Kernel, TimingCache, choose_first, kernels_for
@@ -41,8 +43,10 @@ class Plan:
         choices: Mapping[Node, Choice] | None = None,
         kernels: Mapping[Node, Kernel] | None = None,
         profiles: Sequence[Profile] = (),
+        precision: Mapping[str, Any] | None = None,
     ) -> None:
         self.graph = graph
+        self.precision = dict(precision or Report("fp32", 0).as_dict())
         self.profiles = list(profiles)
         self.effects = effects or []
         self.choices = dict(choices or {})
@@ -71,9 +75,8 @@ class Plan:
         places = {node: index for index, node in enumerate(self.graph.walk())}
         tactics_ = {str(places[node]): [choice.tactic, choice.times] for node, choice in self.choices.items()}
         effects = [[effect.name, effect.added, effect.removed] for effect in self.effects]
-        plan_file.save(
-            path, self.graph, {"tactics": tactics_, "effects": effects, "profiles": described(self.profiles)}
-        )
+        extra = {"effects": effects, "profiles": described(self.profiles), "precision": self.precision}
+        plan_file.save(path, self.graph, {"tactics": tactics_, **extra})
 
     def refit(self, weights: Mapping[str, Any]) -> None:
         """Replace constants by name, keeping dtype and shape; ConfigurationError for a name the plan has not kept.
@@ -110,6 +113,7 @@ class Plan:
             "memory": None if use is None else {"total": use.total, "peak": use.peak, "at": use.at},
             "weights": sum(value.nbytes or 0 for value in self.graph.constants()),
             "passes": [{"name": e.name, "added": e.added, "removed": e.removed} for e in self.effects],
+            "precision": self.precision,
         }
 
     def _layer(self, node: Node) -> dict[str, Any]:
@@ -190,7 +194,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         check_profiles(profiles, graph)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         raise PlanError(f"{str(path)!r} is damaged: build the plan again") from None
-    return Plan(graph, effects, choices, profiles=profiles)
+    return Plan(graph, effects, choices, profiles=profiles, precision=header.get("precision"))
 
 
 def build(
@@ -204,6 +208,12 @@ def build(
     shapes: Mapping[str, Sequence[int]] | None = None,
     profiles: Sequence[Profile] = (),
     budget: float | None = None,
+    precision: str = "fp32",
+    calibration: Data | None = None,
+    calibration_method: str = "mse",
+    calibration_cache: str | os.PathLike[str] | None = None,
+    accuracy_drop: float | None = None,
+    accuracy: Accuracy | None = None,
 ) -> Plan:
     """Compile an ONNX file, its bytes, a ModelProto, or a torch module with example inputs `args`.
 
@@ -211,17 +221,35 @@ def build(
     times for the next build; `shapes` are the inputs' shapes to tune for, where the model leaves them open; `profiles`
     say the same, and which shapes the plan takes; `budget` is how many seconds the timing may take: after that, nodes
     get the first candidate that applies.
+
+    `precision` is fp32, bf16, fp16, int8 or fp8. The last two need `calibration`: an .npz file, arrays by input name
+    with samples along the first axis, or one such mapping a run; `calibration_method` is entropy, percentile, minmax or
+    mse, and `calibration_cache` a file that keeps the ranges. `accuracy_drop` (percentage points) keeps in fp32 what
+    the drop forbids, measured on that data by `accuracy`: a function of all outputs by name to percent, or the right
+    class of each sample; without it, by how often fp32's class stays. `Plan.precision` reports what came of it.
     """
     graph = import_model(_exported(source, args) if isinstance(source, torch.nn.Module) else source, folder)
     check_profiles(profiles, graph)
     if not optimise:
+        if precision != "fp32":
+            raise ConfigurationError(f"precision {precision!r} needs the passes: leave optimise on")
         return Plan(graph, profiles=profiles)
     effects = run_passes(graph)
+    graph, report = lower_precision(
+        graph,
+        precision,
+        calibration=calibration,
+        method=calibration_method,
+        cache=calibration_cache,
+        accuracy_drop=accuracy_drop,
+        accuracy=accuracy,
+    )
+    made = partial(Plan, graph, effects, profiles=profiles, precision=report.as_dict())
     if not tune:
-        return Plan(graph, effects, choose_first(graph), profiles=profiles)
+        return made(choose_first(graph))
     if not any(tactics.candidates(node) for node in graph.nodes) or any(node.op == "Loop" for node in graph.walk()):
         # nothing to time; or a loop that may not end on made-up inputs
-        return Plan(graph, effects, choose_first(graph), profiles=profiles)
+        return made(choose_first(graph))
     cache = TimingCache(None if timing_cache is None else Path(timing_cache))
     points: list[Mapping[str, Sequence[int]]] = [
         {**(shapes or {}), **{name: bounds.opt for name, bounds in profile.items()}} for profile in profiles or [{}]
@@ -230,9 +258,9 @@ def build(
         with torch.inference_mode():
             choices, kernels = tactics.tune(graph, [example_inputs(graph, point) for point in points], cache, budget)
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
-        return Plan(graph, effects, choose_first(graph), profiles=profiles)  # the model can't run on made-up inputs
+        return made(choose_first(graph))  # the model can't run on made-up inputs
     cache.save()
-    return Plan(graph, effects, choices, kernels, profiles)
+    return made(choices, kernels)
 
 
 def _exported(module: torch.nn.Module, args: Sequence[torch.Tensor] | None) -> bytes:

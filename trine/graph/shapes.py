@@ -104,6 +104,10 @@ def _contents(node: Node, context: Context) -> tuple[Dim, ...] | None:
         return _sliced(known)
     if op in ("Add", "Sub", "Mul", "Div") and len(known) == 2:
         return _arithmetic(op, *known)
+    if op == "Equal" and len(known) == 2 and len(known[0]) == len(known[1]):
+        return _equal(*known)
+    if op == "Where" and len(known) == 3 and len({len(array) for array in known}) == 1:
+        return tuple(a if chosen else b for chosen, a, b in zip(*known, strict=True))
     return None
 
 
@@ -113,6 +117,18 @@ def _sliced(known: list[tuple[Dim, ...]]) -> tuple[Dim, ...] | None:
     if len(numbers) < 2 or not all(isinstance(number, int) for number in numbers):
         return None
     return first[slice(numbers[0], numbers[1], numbers[3] if len(numbers) > 3 else 1)]
+
+
+def _equal(a: tuple[Dim, ...], b: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
+    """1 and 0; None where it is not known. A dimension is no negative number."""
+    found: list[Dim] = []
+    for x, y in zip(a, b, strict=True):
+        symbols = [dim for dim in (x, y) if isinstance(dim, str)]
+        negative = any(isinstance(dim, int) and dim < 0 for dim in (x, y))
+        if x != y and symbols and not negative:
+            return None
+        found.append(int(x == y))
+    return tuple(found)
 
 
 _DIM_FUNCTIONS: dict[str, Callable[[Dim, Dim], Dim]] = {

@@ -15,6 +15,7 @@ from trine.graph.operators import (
     normalization,
     pooling,
     quantization,
+    quantized,
     recurrent,
     reduction,
     signal,
@@ -26,5 +27,5 @@ __all__ = ["OPERATORS", "Operator", "check", "find", "operator"]
 
 _MODULES = (
     algebra, attention, casting, control, convolution, elementwise, image, indexing, loss,
-    normalization, pooling, quantization, recurrent, reduction, signal, structure,
+    normalization, pooling, quantization, quantized, recurrent, reduction, signal, structure,
 )  # fmt: skip

@@ -21,6 +21,7 @@ from trine.graph.passes.linear import fuse_linear
 from trine.graph.passes.merge import merge_linear
 from trine.graph.passes.normalization import fuse_layer_norm, fuse_rms_norm
 from trine.graph.passes.origins import Snapshot, label, trace_origins
+from trine.graph.passes.quantized import fuse_quantized, link_quantized_weights
 from trine.graph.passes.simplify import simplify
 from trine.graph.passes.transposes import cancel_transposes
 from trine.graph.shapes import infer_shapes
@@ -39,9 +40,11 @@ PASSES: tuple[Pass, ...] = (
     fuse_silu,
     fold_batch_norm,
     fuse_attention,
+    link_quantized_weights,
     fuse_convolution,
     fuse_linear,
     merge_linear,
+    fuse_quantized,
     fold_constants,
     simplify,
     merge_common_subexpressions,

@@ -39,7 +39,7 @@ def fuse_linear(graph: Graph) -> Graph:
         return Node("Linear", [found["x"], w, bias], [], {"activation": ""}, gemm.name)
 
     def from_matmul(found: Match) -> Node | None:
-        if found["x"].rank is None or found["x"].rank < 2 or found["x"].dtype is not DType.FLOAT32:
+        if (found["x"].rank or 2) < 2 or found["x"].dtype is not DType.FLOAT32:
             return None
         return Node("Linear", [found["x"], weight(found["w"], True), None], [], {"activation": ""}, found.nodes[0].name)
 
@@ -68,7 +68,8 @@ def _add_bias(graph: Graph) -> None:
                 and made not in outputs
                 and len(users[made]) == 1
                 and linear.inputs[1] is not None
-                and other.static_shape == (linear.inputs[1].data.shape[0],)
+                and linear.inputs[1].shape is not None
+                and other.shape == linear.inputs[1].shape[:1]
             ):
                 fused = Node("Linear", [linear.inputs[0], linear.inputs[1], other], [], {"activation": ""}, linear.name)
                 replace_node(graph, node, fused)

@@ -6,7 +6,7 @@ mistake is named when a model is built, not when it runs.
 
 from __future__ import annotations
 
-from trine.graph.shape_rules import compute, control, elementwise, layout
+from trine.graph.shape_rules import compute, control, elementwise, layout, quantized
 from trine.graph.shape_rules.common import RULES, Context, Facts
 
-__all__ = ["RULES", "Context", "Facts", "compute", "control", "elementwise", "layout"]
+__all__ = ["RULES", "Context", "Facts", "compute", "control", "elementwise", "layout", "quantized"]
