@@ -29,7 +29,7 @@ def _copy(graph: Graph, values: dict[Value, Value], nodes: dict[Node, Node]) -> 
     for node in graph.nodes:
         inputs = [None if given is None else value(given) for given in node.inputs]
         attributes = {key: attribute(item) for key, item in node.attributes.items()}
-        nodes[node] = Node(node.op, inputs, [value(made) for made in node.outputs], attributes, node.name)
+        nodes[node] = Node(node.op, inputs, [value(made) for made in node.outputs], attributes, node.name, node.origins)
         copy.nodes.append(nodes[node])
     copy.outputs = [value(given) for given in graph.outputs]
     return copy
