@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,7 +35,7 @@ from trine.kernels import triton as kernels
 from trine.kernels.triton import sampling
 from trine.kernels.triton.decode_attention import DecodeTuning, decode_attention
 from trine.kernels.triton.prefill_attention import PrefillTuning, prefill_attention
-from trine.kernels.triton.small_linear import MAX_ROWS, small_linear
+from trine.kernels.triton.small_linear import MAX_ROWS, small_gated_linear, small_linear, small_qkv_linear
 from trine.llm.batch import Batch
 from trine.llm.sampling import distribution
 
@@ -126,6 +127,9 @@ def check_elementwise(chooser: random.Random, dtype: torch.dtype) -> Iterator[Ch
     yield from check_thresholds(chooser, rows)
     few, table = x[:MAX_ROWS], randn(100, size, dtype=dtype)
     yield compare("small_linear", small_linear(few, table), reference.linear(few.double(), table.double()).to(dtype))
+    gates, first = randn(2 * chooser.choice([5, 32, 100]), size, dtype=dtype), x[:1]
+    expected = reference.silu_mul(reference.linear(first.double(), gates.double()))
+    yield compare("small_gated_linear", small_gated_linear(first, gates), expected.to(dtype))
     if DEVICE.type == "cuda" and dtype != torch.float32:
         yield from check_stream(chooser, dtype)
     yield compare("gelu none", kernels.gelu(x, "none"), reference.gelu(x, "none"))
@@ -149,7 +153,7 @@ def check_thresholds(chooser: random.Random, rows: int) -> Iterator[Check]:
 def check_stream(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
     """The product of 2 to 32 rows; a launch leaves its counters ready for the next."""
     from trine.kernels.triton.stream_linear import MAX_ROWS as MOST
-    from trine.kernels.triton.stream_linear import stream_linear
+    from trine.kernels.triton.stream_linear import stream_gated_linear, stream_linear
 
     rows, inputs = chooser.randint(1, MOST), 8 * chooser.choice([8, 112, 511, 512, 1792])
     outputs = chooser.choice([1, 33, 64, 1000, 4096, 28672])
@@ -160,12 +164,16 @@ def check_stream(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
         yield compare("stream_linear", stream_linear(x, weight, bias), expected.to(dtype))
         name, error, _ = compare("stream_linear", stream_linear(x, weight, bias, torch.float32), expected.float())
         yield name, error, 1e-4  # sums of up to 14,336 numbers
+    gates = randn(64 * chooser.choice([1, 7, 300]), inputs, dtype=dtype) * 0.1
+    expected = reference.silu_mul(reference.linear(x.double(), gates.double()))
+    for _ in range(2):
+        yield compare("stream_gated_linear", stream_gated_linear(x, gates), expected.to(dtype))
 
 
 def check_attention(chooser: random.Random, dtype: torch.dtype, decode_only: bool) -> Iterator[Check]:
     size = chooser.choice([32, 64, 80, 96, 128, 128, 256])
     num_kv_heads, group = chooser.choice([1, 2, 8]), chooser.choice([1, 3, 4, 7, 8])
-    block_size = chooser.choice([8, 16, 16, 32])
+    block_size = chooser.choice([8, 16, 32, 64])
     window = chooser.choice([None, None, 1, 100])
     decodes = [chooser.choice([1, 17, 100, 900, 5000]) for _ in range(chooser.choice([1, 5, 40]))]
     chunks = [] if decode_only else [(chooser.randint(2, 300), chooser.choice([0, 33, 700])) for _ in range(3)]
@@ -185,10 +193,39 @@ def check_attention(chooser: random.Random, dtype: torch.dtype, decode_only: boo
     yield compare("prepare_qkv", actual, expected)
     for ours, theirs in zip(second, first, strict=True):
         yield compare("prepare_qkv cache", ours, theirs)
-    scale = size**-0.5
-    expected = reference.paged_attention(actual, second[0], second[1], batch, scale, window)
-    actual = kernels.paged_attention(actual, second[0], second[1], batch, scale, window)
-    yield compare(f"paged_attention {'decode' if decode_only else 'mixed'}", actual, expected)
+    if cos_sin is not None and cos_sin.shape[1] == size:
+        yield from check_small_qkv(dtype, fixed, second, batch)
+    batch.settled = decode_only and chooser.random() < 0.5
+    scale, q = size**-0.5, actual
+    expected = reference.paged_attention(q, second[0], second[1], batch, scale, window)
+    for _ in range(2):  # a launch leaves its counters ready for the next
+        actual = kernels.paged_attention(q, second[0], second[1], batch, scale, window)
+        yield compare(f"paged_attention {'decode' if decode_only else 'mixed'}", actual, expected)
+    if decode_only:
+        decode_attention(q, second[0], second[1], batch, scale, window, actual.zero_(), DecodeTuning())
+        yield compare("decode_attention", actual, expected)
+
+
+def check_small_qkv(
+    dtype: torch.dtype, fixed: tuple[Any, ...], stored: list[torch.Tensor], batch: Batch
+) -> Iterator[Check]:
+    """The projection of one token with its rotation."""
+    num_heads, num_kv_heads, size, _, cos_sin, *_ = fixed
+    x, weight = randn(1, 320, dtype=dtype), randn((num_heads + 2 * num_kv_heads) * size, 320, dtype=dtype)
+    positions, slots = batch.positions[-1:], batch.slots[-1:]
+    first, second = [cache.clone() for cache in stored], [cache.clone() for cache in stored]
+    qkv = reference.linear(x, weight, None)
+    expected = reference.prepare_qkv(
+        qkv, num_heads, num_kv_heads, size, positions, cos_sin, None, None, 0.0, *first, slots
+    )
+    actual = small_qkv_linear(x, weight, None, num_heads, num_kv_heads, size, positions, cos_sin, *second, slots)
+    yield compare("small_qkv_linear", actual, expected)
+    for ours, theirs in zip(second, first, strict=True):
+        yield compare("small_qkv_linear cache", _of_slots(ours, slots), _of_slots(theirs, slots))
+
+
+def _of_slots(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    return cache.transpose(1, 2).flatten(0, 1)[slots]
 
 
 # ---------------------------------------------------------------- timing

@@ -297,6 +297,38 @@ def prepare_qkv(
     return _of(qkv).prepare_qkv(*arguments)
 
 
+def linear_prepare_qkv(
+    x: Rows,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """`prepare_qkv` of `linear(x, weight, bias)`, in one pass where the back end can."""
+    plain = isinstance(weight, torch.Tensor) and isinstance(x, torch.Tensor) and k_cache.dtype == x.dtype
+    if plain and x.is_cuda and not _reference_only and cos_sin is not None and q_norm is None and k_norm is None:
+        q: torch.Tensor | None = import_module("trine.kernels.triton").linear_prepare_qkv(
+            x, weight, bias, num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots
+        )
+        if q is not None:
+            return q
+    return prepare_qkv(
+        linear(x, weight, bias), num_heads, num_kv_heads, head_dim, positions, cos_sin, q_norm, k_norm, eps,
+        k_cache, v_cache, slots, k_scale, v_scale,
+    )  # fmt: skip
+
+
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,

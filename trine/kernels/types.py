@@ -20,6 +20,7 @@ class PagedBatch(Protocol):
     max_query_len: int
     max_seq_len: int
     output_rows: torch.Tensor | None
+    settled: bool
 
 
 class PenaltyTable(Protocol):

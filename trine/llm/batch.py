@@ -22,6 +22,8 @@ class Batch:
                   but valid block numbers
     output_rows   [R] int64, ascending: the tokens whose hidden states are wanted, if not all are. A model may return
                   those R rows alone, or all T
+    settled       whether all cache blocks but those of the tokens themselves were written by earlier forward passes, so
+                  that they can be read before this one writes
     """
 
     positions: torch.Tensor
@@ -33,6 +35,7 @@ class Batch:
     max_query_len: int
     max_seq_len: int
     output_rows: torch.Tensor | None = None
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

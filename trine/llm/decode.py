@@ -31,10 +31,16 @@ class DecodeSteps:
         self._graphs = DecodeGraphs(model, last_token, self._table, block_size)
 
     def can_run(self, step: Step) -> bool:
-        """Whether each sequence computes one token and samples after it, and a graph holds as many."""
+        """Whether each sequence computes one token and samples after it, and a graph holds as many.
+
+        A newcomer with one token left to compute may share a block that another fills in this very step.
+        """
         count = len(step.rows)
         return (
-            step.num_decodes == count == len(step.sampled) and not step.prompt_targets and self._graphs.can_run(count)
+            step.num_decodes == count == len(step.sampled)
+            and not step.prompt_targets
+            and not step.new_rows
+            and self._graphs.can_run(count)
         )
 
     def missed(self, step: Step) -> None:

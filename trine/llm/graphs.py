@@ -35,6 +35,8 @@ def graph_sizes(max_rows: int) -> list[int]:
 class DecodeGraphs:
     """Decode steps of a model, one new token a row. One instance a model and device.
 
+    No row may share a cache block that is written in the same step (`Batch.settled`).
+
     last_token [rows + 1] int64 and table [rows, columns] int32 are the rows' state: the tokens sampled last, and cache
     blocks. The last entry of `last_token` is nobody's.
     """
@@ -96,6 +98,7 @@ class DecodeGraphs:
             num_decodes=size,
             max_query_len=1,
             max_seq_len=1,
+            settled=True,
         )
         stage_decode(self._step, self._last_token, self._table, self._block_size, token_ids, rows, batch)
         hidden = self.model(token_ids, batch)

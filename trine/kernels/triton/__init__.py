@@ -12,7 +12,7 @@ from trine.kernels.triton.moe import experts
 from trine.kernels.triton.moe_route import route
 from trine.kernels.triton.norm import add_rms_norm, layer_norm, rms_norm
 from trine.kernels.triton.qkv import prepare_qkv
-from trine.kernels.triton.small_linear import linear
+from trine.kernels.triton.small_linear import linear, linear_prepare_qkv
 
 __all__ = [
     "add_rms_norm",
@@ -21,6 +21,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_prepare_qkv",
     "linear_silu_mul",
     "paged_attention",
     "prepare_qkv",

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import triton
@@ -172,6 +174,17 @@ def _decode_kernel(
 
 
 @cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The kernel for few sequences on Hopper GPUs, on one with a Triton that has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("trine.kernels.triton.hopper_decode")
+    except ImportError:
+        return None
+
+
+@cache
 def _arrivals(device: torch.device, size: int) -> torch.Tensor:
     """Zeroed counters, which every launch leaves at zero: kernels of one device run in one stream at a time."""
     return torch.zeros(size, dtype=torch.int32, device=device)
@@ -191,8 +204,13 @@ def decode_attention(
 ) -> None:
     """Attention of the first `batch.num_decodes` rows of q [T, Hq, D] into those of out [T, Hq * D].
 
-    A float8 cache holds keys and values divided by `k_scale` and `v_scale`.
+    A float8 cache holds keys and values divided by `k_scale` and `v_scale`. Without a `tuning`, Hopper's own kernel for
+    few sequences runs where it can.
     """
+    hopper = _hopper(q.device) if tuning is None else None
+    if hopper is not None and hopper.supports(q, k_cache, batch.num_decodes):
+        hopper.hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+        return
     tuning = tuning or DecodeTuning()
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape

@@ -1,4 +1,4 @@
-"""The product in front of a SwiGLU activation and the activation: one kernel for many rows on Hopper, else two."""
+"""The product in front of a SwiGLU activation and the activation: one kernel for few and for many rows, else two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from trine.kernels.fp8 import Fp8Weight, Rows
 from trine.kernels.triton.activation import silu_mul
-from trine.kernels.triton.small_linear import linear
+from trine.kernels.triton.small_linear import is_ours, linear, small_gated_linear, streams
 
 FUSED_ROWS = 2048
 """Rows from which on there are several tiles for each multiprocessor; with fewer the library's choice of tiles pays."""
@@ -40,5 +40,11 @@ def fused(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) 
 
 def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
+    if bias is None and x.shape[0] == 1 and is_ours(x, weight):
+        return small_gated_linear(x, weight)
+    stream = streams(x, weight) if bias is None else None
+    if stream is not None and stream.can_stream_gated(weight):
+        streamed: torch.Tensor = stream.stream_gated_linear(x, weight)
+        return streamed
     y = fused(x, weight, bias)
     return silu_mul(linear(x, weight, bias)) if y is None else y

@@ -40,14 +40,14 @@ def _accumulate(
 
 
 @triton.jit
-def _small_linear_kernel(
-    x_ptr, weight_ptr, scales_ptr, bias_ptr, y_ptr, inputs, outputs, x_stride, weight_stride, y_stride,
-    num_rows: tl.constexpr, rows_block: tl.constexpr, has_scales: tl.constexpr, has_bias: tl.constexpr,
-    early: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
+def _products(
+    x_ptr, weight_ptr, weight_rows, present, inputs, x_stride, weight_stride,
+    num_rows: tl.constexpr, rows_block: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
-    """Program i: outputs i * row_block to (i + 1) * row_block of every row of x."""
-    weight_rows = tl.program_id(0) * row_block + tl.arange(0, row_block)
-    present = weight_rows < outputs
+    """Dot products of the weight's rows `weight_rows` [n] with every row of x, [rows_block, n] float32; the first
+    weights are asked for before the kernel in front is done.
+    """
     weight_row_ptr = weight_ptr + weight_rows.to(tl.int64)[:, None] * weight_stride
     columns = tl.arange(0, k_block)
     weight = tl.load(weight_row_ptr + columns[None, :], mask=present[:, None] & (columns < inputs)[None, :], other=0.0)
@@ -60,6 +60,22 @@ def _small_linear_kernel(
             weight_row_ptr + columns[None, :], mask=present[:, None] & (columns < inputs)[None, :], other=0.0
         )
         acc = _accumulate(acc, weight, x_ptr, x_stride, columns, inputs, num_rows, rows_block)
+    return acc
+
+
+@triton.jit
+def _small_linear_kernel(
+    x_ptr, weight_ptr, scales_ptr, bias_ptr, y_ptr, inputs, outputs, x_stride, weight_stride, y_stride,
+    num_rows: tl.constexpr, rows_block: tl.constexpr, has_scales: tl.constexpr, has_bias: tl.constexpr,
+    early: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
+):  # fmt: skip
+    """Program i: outputs i * row_block to (i + 1) * row_block of every row of x."""
+    weight_rows = tl.program_id(0) * row_block + tl.arange(0, row_block)
+    present = weight_rows < outputs
+    acc = _products(
+        x_ptr, weight_ptr, weight_rows, present, inputs, x_stride, weight_stride,
+        num_rows, rows_block, row_block, k_block, early,
+    )  # fmt: skip
     if has_scales:
         acc *= tl.load(scales_ptr + weight_rows, mask=present, other=0.0).to(tl.float32)[None, :]
     if has_bias:
@@ -67,6 +83,83 @@ def _small_linear_kernel(
     numbers = tl.arange(0, rows_block)
     y_mask = (numbers < num_rows)[:, None] & present[None, :]
     tl.store(y_ptr + numbers[:, None] * y_stride + weight_rows[None, :], acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def _small_gated_kernel(
+    x_ptr, weight_ptr, scales_ptr, y_ptr, inputs, outputs, weight_stride,
+    has_scales: tl.constexpr, early: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
+):  # fmt: skip
+    """Program i: outputs i * row_block / 2 and on of one row of x, each from a row of the gate and a row of up."""
+    pairs: tl.constexpr = row_block // 2
+    numbers = tl.arange(0, row_block)
+    weight_rows = tl.program_id(0) * pairs + numbers // 2
+    present = weight_rows < outputs
+    weight_rows += numbers % 2 * outputs
+    acc = _products(
+        x_ptr, weight_ptr, weight_rows, present, inputs, 0, weight_stride, 1, 1, row_block, k_block, early
+    )  # fmt: skip
+    if has_scales:
+        acc *= tl.load(scales_ptr + weight_rows, mask=present, other=0.0).to(tl.float32)[None, :]
+    gate, up = tl.split(tl.reshape(acc, [pairs, 2]))
+    columns = tl.program_id(0) * pairs + tl.arange(0, pairs)
+    y = gate * tl.sigmoid(gate) * up
+    tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=columns < outputs)
+
+
+@triton.jit
+def _small_qkv_kernel(
+    x_ptr, weight_ptr, bias_ptr, q_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, cos_sin_ptr, slots_ptr,
+    inputs, weight_stride, cache_block_stride, cache_head_stride, cache_token_stride, num_heads, num_kv_heads,
+    has_bias: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr, early: tl.constexpr,
+    row_block: tl.constexpr, k_block: tl.constexpr,
+):  # fmt: skip
+    """Program i: row_block / 2 pairs of elements of one token's projection that turn together: i and i + head_dim / 2
+    of a head. Queries go to q, keys and values to the cache.
+    """
+    pairs: tl.constexpr = row_block // 2
+    half: tl.constexpr = head_dim // 2
+    cos_sin_row = cos_sin_ptr + tl.load(positions_ptr) * head_dim
+    slot = tl.load(slots_ptr)
+    numbers = tl.arange(0, row_block)
+    row_pairs = tl.program_id(0) * pairs + numbers // 2
+    weight_rows = row_pairs // half * head_dim + row_pairs % half + numbers % 2 * half
+    present = row_pairs < (num_heads + 2 * num_kv_heads) * half
+    own = tl.program_id(0) * pairs + tl.arange(0, pairs)
+    head = own // half
+    dims = own % half
+    inside = head < num_heads + 2 * num_kv_heads
+    turned = head < num_heads + num_kv_heads
+    cos = tl.load(cos_sin_row + dims, mask=turned, other=1.0)
+    sin = tl.load(cos_sin_row + half + dims, mask=turned, other=0.0)
+    acc = _products(
+        x_ptr, weight_ptr, weight_rows, present, inputs, 0, weight_stride, 1, 1, row_block, k_block, early
+    )  # fmt: skip
+    if has_bias:
+        acc += tl.load(bias_ptr + weight_rows, mask=present, other=0.0).to(tl.float32)[None, :]
+    acc = acc.to(q_ptr.dtype.element_ty).to(tl.float32)  # as if it were two kernels
+    first, second = tl.split(tl.reshape(acc, [pairs, 2]))
+    turned_first = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
+    turned_second = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
+    is_query = head < num_heads
+    q_at = head * head_dim + dims
+    tl.store(q_ptr + q_at, turned_first, mask=is_query)
+    tl.store(q_ptr + q_at + half, turned_second, mask=is_query)
+    place = (slot // block_size) * cache_block_stride + (slot % block_size) * cache_token_stride + dims
+    k_at = place + (head - num_heads) * cache_head_stride
+    is_key = turned & (head >= num_heads)
+    tl.store(k_cache_ptr + k_at, turned_first, mask=is_key)
+    tl.store(k_cache_ptr + k_at + half, turned_second, mask=is_key)
+    v_at = place + (head - num_heads - num_kv_heads) * cache_head_stride
+    is_value = inside & (head >= num_heads + num_kv_heads)
+    tl.store(v_cache_ptr + v_at, turned_first, mask=is_value)
+    tl.store(v_cache_ptr + v_at + half, turned_second, mask=is_value)
+
+
+def _blocks(inputs: int, itemsize: int) -> dict[str, int]:
+    """Weight rows and columns of a program's tile."""
+    k_block = min(triton.next_power_of_2(inputs), 4096)
+    return {"row_block": min(_TILE_BYTES // itemsize // k_block, 8), "k_block": k_block}
 
 
 def small_linear(
@@ -86,9 +179,8 @@ def small_linear(
         raise ValueError(f"{num_rows} rows: small_linear takes 1 to {MAX_ROWS}")
     outputs = weight.shape[0]
     y = torch.empty((num_rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
-    k_block = min(triton.next_power_of_2(inputs), 4096)
-    row_block = min(_TILE_BYTES // weight.itemsize // k_block, 8)
-    _small_linear_kernel[(triton.cdiv(outputs, row_block),)](
+    blocks = _blocks(inputs, weight.itemsize)
+    _small_linear_kernel[(triton.cdiv(outputs, blocks["row_block"]),)](
         x,
         weight,
         scales,
@@ -103,12 +195,79 @@ def small_linear(
         rows_block=triton.next_power_of_2(num_rows),
         has_scales=scales is not None,
         has_bias=bias is not None,
-        row_block=row_block,
-        k_block=k_block,
         num_warps=4,
+        **blocks,
         **early_launch(x.device),
     )
     return y
+
+
+def small_gated_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up of x [1, K] times the transpose of weight [2I, K], whose first half is the gate: [1, I].
+
+    weight is of x's dtype, or float8 with `scales` [2I] float32, one a row; see `small_linear`.
+    """
+    inputs, outputs = x.shape[1], weight.shape[0] // 2
+    y = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
+    blocks = _blocks(inputs, weight.itemsize)
+    _small_gated_kernel[(triton.cdiv(outputs, blocks["row_block"] // 2),)](
+        x,
+        weight,
+        scales,
+        y,
+        inputs,
+        outputs,
+        weight.stride(0),
+        has_scales=scales is not None,
+        num_warps=4,
+        **blocks,
+        **early_launch(x.device),
+    )
+    return y
+
+
+def small_qkv_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """`prepare_qkv(linear(x, weight, bias), ...)` for x [1, K] without head norms, rotating whole heads."""
+    inputs = x.shape[1]
+    q = torch.empty((1, num_heads, head_dim), dtype=x.dtype, device=x.device)
+    blocks = _blocks(inputs, weight.itemsize)
+    _small_qkv_kernel[(triton.cdiv(weight.shape[0], blocks["row_block"]),)](
+        x,
+        weight,
+        bias,
+        q,
+        k_cache,
+        v_cache,
+        positions,
+        cos_sin,
+        slots,
+        inputs,
+        weight.stride(0),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        k_cache.stride(2),
+        num_heads,
+        num_kv_heads,
+        has_bias=bias is not None,
+        block_size=k_cache.shape[2],
+        head_dim=head_dim,
+        num_warps=4,
+        **blocks,
+        **early_launch(x.device),
+    )
+    return q
 
 
 @cache
@@ -122,6 +281,40 @@ def _stream(device: torch.device) -> ModuleType | None:
         return None
 
 
+def is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a product of one row of x is ours: of a 16-bit type."""
+    return x.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1
+
+
+def streams(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
+    """The module whose product is the fastest for few rows of x, None where it is not or can't be."""
+    if not (is_ours(x, weight) and x.shape[0] <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES):
+        return None
+    stream = _stream(x.device)
+    return stream if stream is not None and stream.can_stream(x, weight) else None
+
+
+def linear_prepare_qkv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor | None:
+    """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, of one row; None where that is two kernels."""
+    if x.shape[0] != 1 or not is_ours(x, weight) or cos_sin.shape[1] != head_dim:
+        return None
+    return small_qkv_linear(
+        x, weight, bias, num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots
+    )
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -129,15 +322,12 @@ def linear(
 
     Few rows of a 16-bit type are ours: the library reaches less of the memory's speed there. All else is the library's.
     """
-    rows = x.shape[0]
-    if x.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1:
-        if rows == 1:
-            return small_linear(x, weight, bias, out_dtype=out_dtype)
-        if rows <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES:
-            stream = _stream(x.device)
-            if stream is not None and stream.can_stream(x, weight):
-                y: torch.Tensor = stream.stream_linear(x, weight, bias, out_dtype)
-                return y
+    if x.shape[0] == 1 and is_ours(x, weight):
+        return small_linear(x, weight, bias, out_dtype=out_dtype)
+    stream = streams(x, weight)
+    if stream is not None:
+        streamed: torch.Tensor = stream.stream_linear(x, weight, bias, out_dtype)
+        return streamed
     if x.is_cuda and x.itemsize == 2 and out_dtype == torch.float32 and bias is None:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = F.linear(x, weight, bias)

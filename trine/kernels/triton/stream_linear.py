@@ -32,11 +32,22 @@ _MAX_TILES = 1 << 16
 
 
 @gluon.jit
-def _fetch_weights(w_desc, x_desc, step, k_steps, ready, ring, wanted, n_block: gl.constexpr, k_block: gl.constexpr):
-    """Ask for the weights of a step; `ready` will count their bytes and x's."""
-    mbarrier.expect(ready, w_desc.block_type.nbytes + x_desc.block_type.nbytes, pred=wanted)
-    place = [step // k_steps * n_block, step % k_steps * k_block]
-    tma.async_copy_global_to_shared(w_desc, place, ready, ring, pred=wanted)
+def _fetch_weights(
+    w_desc, x_desc, step, k_steps, outputs, ready, ring, wanted,
+    n_block: gl.constexpr, k_block: gl.constexpr, gated: gl.constexpr,
+):  # fmt: skip
+    """Ask for the weights of a step, if `gated` half of them the gate's; `ready` will count their bytes and x's."""
+    size: gl.constexpr = n_block * k_block * w_desc.dtype.primitive_bitwidth // 8
+    mbarrier.expect(ready, size + x_desc.block_type.nbytes, pred=wanted)
+    tile = step // k_steps
+    column = step % k_steps * k_block
+    if gated:
+        half: gl.constexpr = n_block // 2
+        tma.async_copy_global_to_shared(w_desc, [tile * half, column], ready, ring.slice(0, half, 0), pred=wanted)
+        up = ring.slice(half, half, 0)
+        tma.async_copy_global_to_shared(w_desc, [outputs + tile * half, column], ready, up, pred=wanted)
+    else:
+        tma.async_copy_global_to_shared(w_desc, [tile * n_block, column], ready, ring, pred=wanted)
 
 
 @gluon.jit
@@ -70,12 +81,31 @@ def _add_up(
 
 
 @gluon.jit
+def _store_gated(
+    acc, y_ptr, y_stride, tile, num_rows, outputs, n_block: gl.constexpr, rows_block: gl.constexpr
+):  # fmt: skip
+    """Write silu(gate) * up of a tile: the gates are the first half of acc [n_block, rows_block]."""
+    half: gl.constexpr = n_block // 2
+    lanes: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
+    gate, up = gl.split(gl.convert_layout(acc.reshape([2, half, rows_block]).permute((1, 2, 0)), lanes))
+    y = gate / (1.0 + gl.exp(-gate)) * up
+    layout: gl.constexpr = gl.SliceLayout(2, lanes)
+    n = tile * half + gl.arange(0, half, gl.SliceLayout(1, layout))
+    rows = gl.arange(0, rows_block, gl.SliceLayout(0, layout))
+    inside = (rows < num_rows)[None, :] & (n < outputs)[:, None]
+    gl.store(y_ptr + rows[None, :] * y_stride + n[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
 def _stream_kernel(
     w_desc, x_desc, bias_ptr, y_ptr, parts_ptr, arrivals_ptr, num_rows, outputs, k_steps, total, y_stride,
     n_block: gl.constexpr, k_block: gl.constexpr, rows_block: gl.constexpr, stages: gl.constexpr,
-    has_bias: gl.constexpr,
+    has_bias: gl.constexpr, gated: gl.constexpr,
 ):  # fmt: skip
-    """Program i of P takes steps i * total // P to (i + 1) * total // P; tile t is steps t * k_steps and on."""
+    """Program i of P takes steps i * total // P to (i + 1) * total // P; tile t is steps t * k_steps and on.
+
+    If `gated`, a tile is half as many outputs, of a gate row and an up row each: y is silu(gate) * up.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, rows_block, 16])
     first = gl.program_id(0) * total // gl.num_programs(0)
     count = (gl.program_id(0) + 1) * total // gl.num_programs(0) - first
@@ -86,7 +116,8 @@ def _stream_kernel(
         mbarrier.init(ready.index(i), count=1)
     for i in gl.static_range(stages):
         _fetch_weights(
-            w_desc, x_desc, first + i, k_steps, ready.index(i), w_ring.index(i), i < count, n_block, k_block
+            w_desc, x_desc, first + i, k_steps, outputs, ready.index(i), w_ring.index(i), i < count,
+            n_block, k_block, gated,
         )  # fmt: skip
     gdc_launch_dependents()
     gdc_wait()
@@ -105,7 +136,8 @@ def _stream_kernel(
         gl.thread_barrier()  # all warps have read the slot
         more = i + stages < count
         _fetch_weights(
-            w_desc, x_desc, step + stages, k_steps, ready.index(slot), w_ring.index(slot), more, n_block, k_block
+            w_desc, x_desc, step + stages, k_steps, outputs, ready.index(slot), w_ring.index(slot), more,
+            n_block, k_block, gated,
         )  # fmt: skip
         _fetch_x(x_desc, step + stages, k_steps, ready.index(slot), x_ring.index(slot), more, k_block)
         if ((step + 1) % k_steps == 0) | (i + 1 == count):
@@ -117,7 +149,9 @@ def _stream_kernel(
                     acc, parts_ptr, arrivals_ptr, place, tile, begin, begin + k_steps, total,
                     n_block, rows_block, layout,
                 )  # fmt: skip
-            if whole:
+            if whole and gated:
+                _store_gated(y, y_ptr, y_stride, tile, num_rows, outputs, n_block, rows_block)
+            elif whole:
                 n = tile * n_block + n_in_tile
                 if has_bias:
                     y += gl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(gl.float32)[:, None]
@@ -144,6 +178,11 @@ def can_stream(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def can_stream_gated(weight: torch.Tensor) -> bool:
+    """Whether `stream_gated_linear` takes it, given that `can_stream`: tiles are half gate, half up."""
+    return weight.shape[0] % N_BLOCK == 0
+
+
 def stream_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -151,11 +190,26 @@ def stream_linear(
 
     T is 1 to MAX_ROWS. Nothing may write to the weights in the kernels just before: they are read while those run.
     """
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
+    _launch(x, weight, bias, y, gated=False)
+    return y
+
+
+def stream_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x [T, K] times the transpose of weight [2I, K], whose first half is the gate: [T, I].
+
+    I is a multiple of N_BLOCK / 2; see `stream_linear`.
+    """
+    y = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
+    _launch(x, weight, None, y, gated=True)
+    return y
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, gated: bool) -> None:
     (num_rows, inputs), outputs = x.shape, weight.shape[0]
     rows_block = max(triton.next_power_of_2(num_rows), 16)
-    y = torch.empty((num_rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    w_block, x_block = [N_BLOCK, K_BLOCK], [rows_block, K_BLOCK]
+    w_block, x_block = [N_BLOCK // 2 if gated else N_BLOCK, K_BLOCK], [rows_block, K_BLOCK]
     w_layout = gl.NVMMASharedLayout.get_default_for(w_block, dtype)
     x_layout = gl.NVMMASharedLayout.get_default_for(x_block, dtype)
     parts, arrivals = _scratch(x.device)
@@ -169,7 +223,7 @@ def stream_linear(
         parts,
         arrivals,
         num_rows,
-        outputs,
+        y.shape[1],
         k_steps,
         total,
         y.stride(0),
@@ -178,7 +232,7 @@ def stream_linear(
         rows_block=rows_block,
         stages=STAGES,
         has_bias=bias is not None,
+        gated=gated,
         num_warps=4,
         launch_pdl=True,
     )
-    return y

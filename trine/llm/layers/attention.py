@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from trine.kernels import ops
+from trine.kernels.fp8 import Rows
 from trine.llm.batch import Batch, CacheSpec
+from trine.llm.layers.linear import Linear
 from trine.llm.layers.module import WeightedModule, WeightKey
 from trine.llm.layers.norm import RMSNorm
 
@@ -65,8 +69,20 @@ class Attention(WeightedModule):
 
     def forward(self, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[T, (Hq + 2 Hkv) D] to [T, Hq D]; writes the tokens' keys and values to the cache."""
-        q = ops.prepare_qkv(
-            qkv,
+        return self.attend(ops.prepare_qkv(qkv, *self._preparation(batch)), batch)
+
+    def project(self, projection: Linear, x: Rows, batch: Batch) -> torch.Tensor:
+        """The queries [T, Hq, D] of the projection of x [T, H]; writes the tokens' keys and values to the cache."""
+        return ops.linear_prepare_qkv(x, projection.weight, projection.bias, *self._preparation(batch))
+
+    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[T, Hq, D] to [T, Hq D]."""
+        window = self.cache_spec.sliding_window
+        return ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, window, self.k_scale, self.v_scale)
+
+    def _preparation(self, batch: Batch) -> tuple[Any, ...]:
+        """What `ops.prepare_qkv` takes after the projection."""
+        return (
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,
@@ -81,5 +97,3 @@ class Attention(WeightedModule):
             self.k_scale,
             self.v_scale,
         )
-        window = self.cache_spec.sliding_window
-        return ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, window, self.k_scale, self.v_scale)

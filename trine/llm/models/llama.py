@@ -62,7 +62,7 @@ class SelfAttention(Attention):
 
     def add_to(self, residual: torch.Tensor, x: Rows, batch: Batch) -> torch.Tensor | None:
         """What is to be added to the residual stream; None where it has been."""
-        return self.o_proj.add_to(residual, self(self.qkv_proj(x), batch))
+        return self.o_proj.add_to(residual, self.attend(self.project(self.qkv_proj, x, batch), batch))
 
 
 class GatedMLP(Layer):
