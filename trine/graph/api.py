@@ -108,6 +108,7 @@ class Plan:
                 {**_described(value), "name": name}
                 for name, value in zip(self.graph.output_names, self.graph.outputs, strict=True)
             ],
+            "returns": [value.name for value in self.graph.outputs],
             "profiles": described(self.profiles),
             "layers": [self._layer(node) for node in self.graph.nodes],
             "memory": None if use is None else {"total": use.total, "peak": use.peak, "at": use.at},
