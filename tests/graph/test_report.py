@@ -75,6 +75,12 @@ def test_text_says_passes_regions_candidates_and_memory() -> None:
     assert "intermediates: 24 B at once" in found
 
 
+def test_text_says_what_lower_precision_costs() -> None:
+    made = model([node("MatMul", "x w", "y", name="product")], {"x": ["n", 4]}, ["y"], {"w": weights(4, 3)})
+    plan = tg.build(made, tune=False, precision="int8", calibration={"x": weights(16, 4, seed=3)})
+    assert re.search(r"output y against fp32: cosine 0\.99\d+, .* over 16 samples", text(plan.inspect()))
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-from trine.cli.terminal import table, waiting
-
-if TYPE_CHECKING:
-    from trine.graph import Plan
+from trine.cli.plans import add_build_options, compile_model, print_figures, some_inputs
 
 USAGE = "MODEL.onnx -o MODEL.plan [options]"
 
 DESCRIPTION = """\
-Compile an ONNX model: fold, fuse, time the candidates for each layer on this machine, and write a plan.
+Compile an ONNX model: fold, fuse, time the candidates for each layer on this machine, write a plan, and measure it.
 
 A plan is one file with its weights; it runs on other machines, too, where `trine build` again would choose for them.
 """
@@ -23,66 +20,43 @@ A plan is one file with its weights; it runs on other machines, too, where `trin
 EXAMPLES = """\
 examples:
   trine build resnet50.onnx -o resnet50.plan
-  trine build bert.onnx -o bert.plan --opt input_ids:8x128 --opt attention_mask:8x128
-  trine build model.onnx -o model.plan --timing-cache ~/.cache/trine/times.json --explain
+  trine build bert.onnx -o bert.plan --min ids:1x1,mask:1x1 --opt ids:8x128,mask:8x128 --max ids:32x512,mask:32x512
+  trine build model.onnx -o model.plan --precision int8 --calibration data.npz --accuracy-drop 0.5%
+  trine build model.onnx -o model.plan --timing-cache ~/.cache/trine/times.json --explain --report model.html
 """
+
+_MEASURE_SECONDS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.onnx", help="the model; its external data lies beside it")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the plan to write")
+    add_build_options(parser)
     parser.add_argument(
-        "--opt",
-        action="append",
-        default=[],
-        type=named_shape,
-        metavar="NAME:1x3x224x224",
-        help="shape of an input to tune for, where the model leaves it open; may be repeated",
+        "--explain", action="store_true", help="print what each pass did, what each layer computes, and its candidates"
     )
-    parser.add_argument("--no-tune", action="store_true", help="take the first candidate for each layer, time nothing")
-    parser.add_argument("--timing-cache", metavar="FILE", help="keep times there, and read those of earlier builds")
-    parser.add_argument("--explain", action="store_true", help="print what each pass did, and each layer's candidates")
+    parser.add_argument("--report", metavar="FILE.html", help="the same as a page with a picture of the graph")
 
 
 def run(args: argparse.Namespace) -> int:
-    from trine import graph
+    from trine.graph import ExecutionError, report
+    from trine.graph.measure import measure
 
-    started = time.monotonic()
-    with waiting(f"building {args.model}"):
-        plan = graph.build(args.model, tune=not args.no_tune, timing_cache=args.timing_cache, shapes=dict(args.opt))
-        plan.save(args.output)
+    began = time.monotonic()
+    plan = compile_model(args)
+    plan.save(args.output)
+    took = time.monotonic() - began
+    facts = plan.inspect()
     if args.explain:
-        print(explain(plan))
-    facts = plan.inspect()
-    print(f"{args.output}: {len(facts['layers'])} layers, built in {time.monotonic() - started:.1f} s", file=sys.stderr)
+        print(report.text(facts))
+    if args.report:
+        Path(args.report).write_text(report.page(facts, Path(args.output).name), encoding="utf-8")
+    print(f"{args.output}: {len(facts['layers'])} layers, built in {took:.1f} s", file=sys.stderr)
+    if not args.no_tune:
+        try:
+            measured = measure(plan, some_inputs(plan, {}, {}), seconds=_MEASURE_SECONDS, least=3)
+        except ExecutionError as error:
+            print(f"not measured, since random inputs don't fit the model: {error.message}", file=sys.stderr)
+        else:
+            print_figures(measured.summary())
     return 0
-
-
-def explain(plan: Plan) -> str:
-    """Each pass's effect, each layer's tactic with the times of its candidates, and the memory."""
-    from trine.core.sizes import format_bytes
-
-    facts = plan.inspect()
-    lines = [f"pass {effect}" for effect in plan.effects if effect.added or effect.removed]
-    rows: list[list[Any]] = []
-    for layer in facts["layers"]:
-        times = sorted(layer["times_ms"].items(), key=lambda item: item[1])
-        rows.append([layer["op"], layer["name"], layer["tactic"], ", ".join(f"{k} {v:.3f}" for k, v in times)])
-    lines += ["", table(["op", "layer", "tactic", "candidates, ms"], rows), ""]
-    if facts["memory"]:
-        peak, total = facts["memory"]["peak"], facts["memory"]["total"]
-        lines.append(f"intermediates: {format_bytes(peak)} at once, of {format_bytes(total)} in all")
-    lines.append(f"weights: {format_bytes(facts['weights'])}")
-    return "\n".join(lines)
-
-
-def named_shape(text: str) -> tuple[str, list[int]]:
-    """NAME:1x3x224x224, as argparse wants it."""
-    name, colon, shape = text.rpartition(":")
-    try:
-        dims = [int(dim) for dim in shape.split("x")]
-    except ValueError:
-        dims = []
-    if not colon or not name or not dims or min(dims) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape: write NAME:1x3x224x224")
-    return name, dims

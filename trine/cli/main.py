@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "bench": "measure a model here, or a server by its URL",
     "build": "compile an ONNX model into a plan",
+    "refit": "put other weights into a plan",
     "eval": "score a model on tasks with one right answer",
     "check": "validate a model repository without starting a server",
     "explain": "why a request to a running server took what it took",

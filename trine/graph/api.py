@@ -24,9 +24,9 @@ from trine.graph.ir import Graph, Node, Value
 from trine.graph.memory import memory_use
 from trine.graph.passes import Effect
 from trine.graph.passes import optimise as run_passes
-from trine.graph.passes.merge import parts_of
 from trine.graph.precision import Accuracy, Data, Report, lower_precision
 from trine.graph.profiles import Profile, check_profiles, described, find_profile, from_description
+from trine.graph.refit import refit_by_name, refit_from_graph
 from trine.graph.runtime import Program, check_input
 from trine.graph.tactics import Choice, Kernel, TimingCache, choose_first, kernels_for
 
@@ -78,25 +78,22 @@ class Plan:
         extra = {"effects": effects, "profiles": described(self.profiles), "precision": self.precision}
         plan_file.save(path, self.graph, {"tactics": tactics_, **extra})
 
-    def refit(self, weights: Mapping[str, Any]) -> None:
-        """Replace constants by name, keeping dtype and shape; ConfigurationError for a name the plan has not kept.
+    def refit(self, weights: Mapping[str, Any] | str | os.PathLike[str] | bytes | Any) -> None:
+        """Put in other weights without a new build: arrays by name, or all of them from an ONNX model.
 
-        Names are those of the model, where no pass has changed the weight (as folding a normalisation does).
+        Names are those of the model, where no pass has changed the weight (as folding a normalisation does); from a
+        model of the same architecture every weight follows. ConfigurationError for what does not fit.
         """
-        known = {value.name: value for value in self.graph.constants()}
-        parts = {name: (value, rows) for value in known.values() for name, rows in parts_of(value.name).items()}
-        for name, given in weights.items():
-            turned = name not in known and name not in parts and (f"{name}.T" in known or f"{name}.T" in parts)
-            kept = f"{name}.T" if turned else name
-            value, rows = parts.get(kept) or (known.get(kept), slice(None))
-            if value is None:
-                raise ConfigurationError(f"the plan has no weight {name!r}; it has {', '.join(sorted(known)[:8])} …")
-            data = _from_caller(given, Value(name, value.dtype)).clone()
-            data = data.T.contiguous() if turned else data
-            if data.shape != value.data[rows].shape or data.dtype != value.data.dtype:
-                wanted = f"{value.dtype} {list(value.data[rows].shape[:: -1 if turned else 1])}"
-                raise ConfigurationError(f"weight {name!r} is {data.dtype} {list(data.shape)}; it must be {wanted}")
-            value.data = torch.cat([value.data[: rows.start], data, value.data[rows.stop :]]) if rows.stop else data
+        if isinstance(weights, Mapping):
+            tensors = {name: _from_caller(given, Value(name)) for name, given in weights.items()}
+            refit_by_name(self.graph, tensors)
+        else:
+            kind = str(self.precision["precision"])
+            if kind in ("int8", "fp8"):
+                raise ConfigurationError(f"a plan in {kind} can't be refitted from a model: build it again")
+            other = import_model(weights)
+            run_passes(other)
+            refit_from_graph(self.graph, lower_precision(other, kind)[0])
         self.program = Program(self.graph, kernels_for(self.choices))
 
     def inspect(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def summary(facts: Mapping[str, Any]) -> dict[str, str]:
     """The figures of the whole plan, in words."""
     found = {"layers": f"{len(facts['layers'])}, from {_count_origins(facts['layers'])} nodes of the model"}
     found["precision"] = precision(facts["layers"])
+    found |= _accuracy(facts["precision"])
     tactics = Counter(layer["tactic"] for layer in facts["layers"])
     found["tactics"] = ", ".join(f"{count} {name}" for name, count in tactics.most_common())
     for number, profile in enumerate(facts["profiles"]):
@@ -35,6 +36,20 @@ def summary(facts: Mapping[str, Any]) -> dict[str, str]:
         peak, total = facts["memory"]["peak"], facts["memory"]["total"]
         found["intermediates"] = f"{format_bytes(peak)} at once, of {format_bytes(total)} in all"
     found["weights"] = format_bytes(facts["weights"])
+    return found
+
+
+def _accuracy(report: Mapping[str, Any]) -> dict[str, str]:
+    """What the precision asked for costs against fp32, where it was measured."""
+    found = {
+        f"output {name} against fp32": f"cosine {error['cosine']:.5f}, largest error {error['largest']:.3g}, "
+        f"same top-1 {error['agreement']:.1%}, over {report['samples']} samples"
+        for name, error in report["outputs"].items()
+    }
+    if report["accuracy"] is not None:
+        found["accuracy"] = f"{report['accuracy'][1]:.2f} % ({report['accuracy'][0]:.2f} % in fp32)"
+    if report["kept"]:
+        found["kept in fp32"] = ", ".join(report["kept"])
     return found
 
 
