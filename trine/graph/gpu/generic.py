@@ -62,13 +62,30 @@ def _simple(node: Node, target: Target) -> Kernel | None:
     if op == "Concat":
         fixed = [target.constant(v) if v is not None and v.is_constant else None for v in node.inputs]
         return lambda *parts: torch.cat([p if f is None else f for p, f in zip(parts, fixed, strict=True)], a["axis"])
-    if op == "Gather" and _constant(node, 0) and a.get("axis", 0) == 0 and not _constant(node, 1):
-        table: Any = target.constant(node.inputs[0])  # type: ignore[arg-type]
-        if table.dim() == 2:
-            return lambda x, indices: torch.nn.functional.embedding(
-                torch.where(indices < 0, indices + table.shape[0], indices), table
-            )
+    if op == "Gather" and shape is not None and node.inputs[0] is not None and node.inputs[0].static_shape is not None:
+        return _gather(node, shape, node.inputs[0].static_shape, target)
     return None
+
+
+def _gather(node: Node, shape: tuple[int, ...], source: tuple[int, ...], target: Target) -> Kernel:
+    """Rows of an axis by number, from the end where that is negative. Numbers out of range are the nearest that is in:
+    a plan checks those of its inputs, and a GPU can't raise an error.
+    """
+    axis, indices = node.attributes.get("axis", 0) % len(source), node.inputs[1]
+    size = source[axis]
+
+    def places(x: Tensor) -> Tensor:
+        return torch.where(x < 0, x + size, x).clamp(0, max(size - 1, 0)).reshape(-1)
+
+    if indices is not None and indices.is_constant:
+        fixed = places(indices.data.to(target.device))
+        if torch.equal(fixed, torch.arange(size, device=target.device, dtype=fixed.dtype)):
+            return lambda x, *rest: x.reshape(shape)
+        return lambda x, *rest: x.index_select(axis, fixed).reshape(shape)
+    if _constant(node, 0):
+        table: Any = target.constant(node.inputs[0])  # type: ignore[arg-type]
+        return lambda x, indices: table.index_select(axis, places(indices)).reshape(shape)
+    return lambda x, indices: x.index_select(axis, places(indices)).reshape(shape)
 
 
 def _constant(node: Node, index: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from trine.core.errors import ConfigurationError
 from trine.graph.dtypes import DType
-from trine.graph.errors import ExecutionError
+from trine.graph.errors import ExecutionError, InputError
 from trine.graph.gpu import inductor, tuning
 from trine.graph.gpu.fp8 import Scales, calibrate, to_fp8
 from trine.graph.gpu.lowering import input_shapes, lower
@@ -22,6 +23,8 @@ from trine.graph.gpu.program import Captured, DeviceProgram
 from trine.graph.gpu.registry import Target
 from trine.graph.ir import Graph, Node, Value
 from trine.graph.tactics import TimingCache
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {
     "fp32": torch.float32,
@@ -173,6 +176,7 @@ class GpuRuntime:
 
     def run(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Tensors of the host or the device to tensors on the device, of the graph's types."""
+        self.check(arguments)
         program = self.program(list(arguments))
         with torch.inference_mode(), self._numerics():
             if isinstance(program, Captured):
@@ -180,6 +184,24 @@ class GpuRuntime:
             else:
                 results = program.program.run(*self.on_device(arguments))
         return tuple(_typed(x, value.dtype) for x, value in zip(results, self.graph.outputs, strict=True))
+
+    def check(self, arguments: Sequence[Any]) -> None:
+        """That row numbers among the inputs, where they are on the host, lie in their tables. InputError says which."""
+        for node in self.graph.nodes:
+            table, indices = (node.inputs[0], node.inputs[1]) if node.op == "Gather" else (None, None)
+            if table is None or not table.is_constant or indices not in self.graph.inputs:
+                continue
+            given = arguments[self.graph.inputs.index(indices)]
+            if not isinstance(given, Tensor) or given.is_cuda or not given.numel():
+                continue
+            size = table.data.shape[node.attributes.get("axis", 0)]
+            least, most = (int(x) for x in torch.aminmax(given))
+            if least < -size or most >= size:
+                wrong = most if most >= size else least
+                raise InputError(
+                    f"input {indices.name!r} has the number {wrong}; a table it looks up has {size} rows",
+                    param=indices.name,
+                )
 
     def on_device(self, arguments: Sequence[Any]) -> list[Any]:
         return [self._laid_out(x, value) for x, value in zip(arguments, self.graph.inputs, strict=True)]

@@ -8,6 +8,7 @@ and what is fastest there is kept.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +22,8 @@ from trine.graph.gpu.registry import Kernel, Target, options
 from trine.graph.ir import Graph, Node
 from trine.graph.runtime import bind
 from trine.graph.tactics.tuning import TimingCache
+
+logger = logging.getLogger(__name__)
 
 exclusive: Callable[[], AbstractContextManager[Any]] = nullcontext
 """What holds the device for the time of a measurement; replaced where several processes measure at once."""
@@ -126,13 +129,15 @@ def _time_group(nodes: list[Node], given: list[Any], target: Target) -> dict[str
         try:
             kernels = [options(node, target)[name]() for node in nodes]
             if not agrees(kernels[0](*given), expected, nodes[0]):
+                logger.debug("%s for %s %s gives wrong results", name, nodes[0].op, nodes[0].name)
                 continue
             with exclusive():
                 times[name] = _time(kernels, given, target)
-        except Exception:
+        except Exception as error:
+            # a compiler's refusal may be of any type; the candidate is out
+            logger.debug("%s for %s %s: %s", name, nodes[0].op, nodes[0].name, str(error)[:300])
             if target.cuda:
                 torch.cuda.synchronize(target.device)
-            continue
     return times or {next(iter(candidates)): 0.0}
 
 
