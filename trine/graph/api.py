@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trine.graph.errors import InputError, PlanError
 from trine.graph.importer import import_model
 from trine.graph.ir import Graph, Node, Value
 from trine.graph.memory import memory_use
+from trine.graph.native import Executor, native_is_available
 from trine.graph.passes import Effect
 from trine.graph.passes import optimise as run_passes
 from trine.graph.precision import Accuracy, Data, Report, lower_precision
@@ -44,13 +45,37 @@ class Plan:
         kernels: Mapping[Node, Kernel] | None = None,
         profiles: Sequence[Profile] = (),
         precision: Mapping[str, Any] | None = None,
+        *,
+        native: bool = True,
+        packed: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.graph = graph
         self.precision = dict(precision or Report("fp32", 0).as_dict())
         self.profiles = list(profiles)
         self.effects = effects or []
         self.choices = dict(choices or {})
-        self.program = Program(graph, kernels_for(self.choices) if kernels is None else kernels)
+        self._kernels: dict[Node, Kernel | None] = dict(kernels or {})
+        self._is_native = native and native_is_available()
+        self._prepare(packed or {})
+
+    def _prepare(self, packed: Mapping[str, torch.Tensor]) -> None:
+        """What depends on the weights."""
+        self.__dict__.pop("program", None)
+        tactics_ = {node: choice.tactic for node, choice in self.choices.items()}
+        self._executor = Executor(self.graph, tactics_, self._kernel_of, packed) if self._is_native else None
+
+    def _kernel_of(self, node: Node) -> Kernel | None:
+        """The kernel that the node's tactic makes, once."""
+        if node not in self._kernels:
+            choice = self.choices.get(node)
+            self._kernels[node] = None if choice is None else kernels_for({node: choice}).get(node)
+        return self._kernels[node]
+
+    @cached_property
+    def program(self) -> Program:
+        """The graph as calls of Python, node by node: for calibration, and where there are no native kernels."""
+        kernels = {node: self._kernel_of(node) for node in self.graph.walk()}
+        return Program(self.graph, {node: kernel for node, kernel in kernels.items() if kernel is not None})
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Named arrays (tensors and lists are taken, too) to named arrays. InputError for what does not fit."""
@@ -64,7 +89,7 @@ class Plan:
             names = [value.name for value in self.graph.inputs]
             find_profile(self.profiles, {name: given.shape for name, given in zip(names, arguments, strict=True)})
         with torch.inference_mode():
-            results = self.program.run(*arguments)
+            results = self.program.run(*arguments) if self._executor is None else self._executor.run(arguments)
         return {
             name: _to_caller(result, value.dtype)
             for name, value, result in zip(self.graph.output_names, self.graph.outputs, results, strict=True)
@@ -94,7 +119,8 @@ class Plan:
             other = import_model(weights)
             run_passes(other)
             refit_from_graph(self.graph, lower_precision(other, kind)[0])
-        self.program = Program(self.graph, kernels_for(self.choices))
+        self._kernels.clear()
+        self._prepare({})
 
     def inspect(self) -> dict[str, Any]:
         """What the plan is: interface, layers with their tactics and times, memory, what each pass did."""
@@ -231,7 +257,7 @@ def build(
     if not optimise:
         if precision != "fp32":
             raise ConfigurationError(f"precision {precision!r} needs the passes: leave optimise on")
-        return Plan(graph, profiles=profiles)
+        return Plan(graph, profiles=profiles, native=False)
     effects = run_passes(graph)
     graph, report = lower_precision(
         graph,

@@ -6,12 +6,14 @@ docs/graph-native.md says how it works and how to add a kernel.
 from __future__ import annotations
 
 from trine.graph.native import elementwise, linear, structure
+from trine.graph.native.executor import Executor
 from trine.graph.native.packed import Packed
 from trine.graph.native.program import NativeProgram
 from trine.graph.native.recorder import RULES, Recorder, native
+from trine.graph.native.tape import native_is_available
 from trine.graph.native.tensor import Tensor
 
-__all__ = ["RULES", "NativeProgram", "Packed", "Recorder", "Tensor", "native"]
+__all__ = ["RULES", "Executor", "NativeProgram", "Packed", "Recorder", "Tensor", "native", "native_is_available"]
 
 _MODULES = (elementwise, linear, structure)
 """Rules register themselves when they are imported."""

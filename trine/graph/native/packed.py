@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Lock
 
 import torch
@@ -15,7 +15,7 @@ from trine.graph.native.tensor import Buffer, Tensor, contiguous_strides
 class Packed:
     """Packed weights by weight and layout. `given` are those of the plan file."""
 
-    def __init__(self, graph: Graph, given: dict[str, torch.Tensor] | None = None) -> None:
+    def __init__(self, graph: Graph, given: Mapping[str, torch.Tensor] | None = None) -> None:
         self._own = set(graph.constants())
         self._lock = Lock()
         self.entries: dict[str, torch.Tensor] = dict(given or {})

@@ -79,7 +79,7 @@ class NativeProgram:
         count = 0
         for item in self.recorder.items:
             if isinstance(item, PythonItem):
-                items.append(self._call(item.node, kernel_of(item.node)))
+                items.append(self._call(item.node, kernel_of))
                 continue
             if not items or not isinstance(items[-1], _Native):
                 items.append(_Native(count, count, []))
@@ -93,10 +93,12 @@ class NativeProgram:
                     run.hand_in.append(found)
         return items
 
-    def _call(self, node: Node, kernel: Kernel | None) -> _Call:
+    def _call(self, node: Node, kernel_of: Callable[[Node], Kernel | None]) -> _Call:
+        kernel = kernel_of(node)
         captures: list[Value] = []
         if kernel is None:
-            kernel, captures = bind(node)
+            inner = {part: kernel_of(part) for graph in node.subgraphs for part in graph.walk()}
+            kernel, captures = bind(node, {part: found for part, found in inner.items() if found is not None})
         return _Call(node, kernel, [*node.inputs, *captures])
 
     def run(self, *arguments: Any) -> tuple[Any, ...]:

@@ -59,6 +59,11 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def native_is_available() -> bool:
+    """Whether this machine runs native kernels."""
+    return load()[0] is not None
+
+
 def find_kernel(name: str, args: type[ctypes.Structure]) -> int:
     """The kernel's number in this build. RuntimeError when there is none, or it takes arguments of another size."""
     size = c_int64(0)

@@ -1,0 +1,72 @@
+"""Runs a graph natively for whatever shapes come: a program each, the latest few kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Any, TypeAlias
+
+import torch
+
+from trine.graph.ir import Graph, Node
+from trine.graph.native.packed import Packed
+from trine.graph.native.program import NativeProgram
+from trine.graph.native.specialise import specialise
+from trine.graph.runtime import Kernel
+
+_KEPT = 16
+Shapes: TypeAlias = tuple[tuple[int, ...] | None, ...]
+
+
+class Executor:
+    """`variants` names the native rule of nodes, `kernel_of` gives the Python kernel of those that have none."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        variants: Mapping[Node, str],
+        kernel_of: Callable[[Node], Kernel | None],
+        packed: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.graph, self.variants, self.kernel_of = graph, variants, kernel_of
+        self.packed = Packed(graph, packed)
+        self._programs: OrderedDict[Shapes, NativeProgram] = OrderedDict()
+        self._lock = Lock()
+        values = [value for node in graph.nodes for value in node.outputs if value.name]
+        self._is_static = all(value.static_shape is not None for value in (*graph.inputs, *values))
+
+    def run(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Inputs in order to outputs in order, which are the caller's own."""
+        return self.program(shapes_of(arguments)).run(*arguments)
+
+    def program(self, shapes: Shapes) -> NativeProgram:
+        """The program for these shapes of the inputs."""
+        with self._lock:
+            program = self._programs.get(shapes)
+            if program is not None:
+                self._programs.move_to_end(shapes)
+                return program
+        program = self._make(shapes)
+        with self._lock:
+            self._programs[shapes] = program
+            if len(self._programs) > _KEPT:
+                self._programs.popitem(last=False)
+        return program
+
+    def _make(self, shapes: Shapes) -> NativeProgram:
+        if self._is_static:
+            return NativeProgram(self.graph, self.packed, self.variants, self.kernel_of)
+        graph, origins = specialise(self.graph, shapes)
+        variants = {node: self.variants[old] for node, old in origins.items() if old in self.variants}
+
+        def kernel_of(node: Node) -> Kernel | None:
+            old = origins.get(node)
+            return None if old is None else self.kernel_of(old)
+
+        return NativeProgram(graph, self.packed, variants, kernel_of)
+
+
+def shapes_of(arguments: Sequence[Any]) -> Shapes:
+    """What a program depends on. Sequences and strings have no shape that counts."""
+    return tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in arguments)
