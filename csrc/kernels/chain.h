@@ -90,13 +90,8 @@ static void chain_float(const ChainOp& op, float* to, const float* a, const floa
         case C_SUB: return map2(to, a, b, n, [](vf x, vf y) { return sub(x, y); });
         case C_MUL: return map2(to, a, b, n, [](vf x, vf y) { return mul(x, y); });
         case C_DIV: return map2(to, a, b, n, [](vf x, vf y) { return div(x, y); });
-        // Not-a-number on either side stays: vmin and vmax give the second operand, x + y is not a number for the first.
-        case C_MIN:
-            for (int64_t i = 0; i < n; ++i) to[i] = a[i] != a[i] || a[i] < b[i] ? a[i] : b[i];
-            return;
-        case C_MAX:
-            for (int64_t i = 0; i < n; ++i) to[i] = a[i] != a[i] || a[i] > b[i] ? a[i] : b[i];
-            return;
+        case C_MIN: return map2(to, a, b, n, [](vf x, vf y) { return min_or_nan(x, y); });
+        case C_MAX: return map2(to, a, b, n, [](vf x, vf y) { return max_or_nan(x, y); });
         case C_POW:
             for (int64_t i = 0; i < n; ++i) to[i] = powf(a[i], b[i]);
             return;

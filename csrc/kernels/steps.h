@@ -4,6 +4,9 @@
 
 #include "chain.h"
 #include "copy.h"
+#include "gather.h"
+#include "matmul.h"
+#include "rows.h"
 
 namespace trine {
 namespace TRINE_ISA {
@@ -29,6 +32,13 @@ static constexpr StepKernel STEPS[] = {
     TRINE_STEP(linear, LinearArgs),
     TRINE_STEP(chain, ChainArgs),
     TRINE_STEP(copy, CopyArgs),
+    TRINE_STEP(softmax, SoftmaxArgs),
+    TRINE_STEP(row_norm, RowNormArgs),
+    TRINE_STEP(group_norm, GroupNormArgs),
+    TRINE_STEP(reduce, ReduceArgs),
+    TRINE_STEP(gather, GatherArgs),
+    TRINE_STEP(matmul, MatmulArgs),
+    TRINE_STEP(graph_attention, GraphAttentionArgs),
 };
 
 }  // namespace TRINE_ISA

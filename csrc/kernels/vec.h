@@ -284,9 +284,9 @@ INLINE vf exp2(vf x) {
 #endif
 }
 // e^x: the argument is reduced in two steps, so that large arguments keep their precision. 0 below -87, limited to
-// e^88.
+// e^88. Not-a-number stays one.
 INLINE vf exp(vf x) {
-    const vf limited = vmin(x, set1(88.0f));
+    const vf limited = vmin(set1(88.0f), x);
     const vf n = round_nearest(mul(limited, set1(1.44269504f)));
     vf f = fma(n, set1(-0.693359375f), limited);
     f = fma(n, set1(2.12194440e-4f), f);
@@ -300,9 +300,24 @@ INLINE vf exp(vf x) {
     p = fma(p, f, set1(1.0f));
     const vf result = scale_exponent(p, vmax(n, set1(-126.0f)));
 #if defined(__AVX512F__)
-    return _mm512_mask_mov_ps(zero(), _mm512_cmp_ps_mask(x, set1(-87.0f), _CMP_GE_OQ), result);
+    return _mm512_mask_mov_ps(zero(), _mm512_cmp_ps_mask(x, set1(-87.0f), _CMP_NLT_UQ), result);
 #else
-    return _mm256_and_ps(result, _mm256_cmp_ps(x, set1(-87.0f), _CMP_GE_OQ));
+    return _mm256_and_ps(result, _mm256_cmp_ps(x, set1(-87.0f), _CMP_NLT_UQ));
+#endif
+}
+// The larger and the smaller; not-a-number when either is. (vmax and vmin give the second when one is not a number.)
+INLINE vf max_or_nan(vf a, vf b) {
+#if defined(__AVX512F__)
+    return _mm512_mask_mov_ps(vmax(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+#else
+    return _mm256_blendv_ps(vmax(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+#endif
+}
+INLINE vf min_or_nan(vf a, vf b) {
+#if defined(__AVX512F__)
+    return _mm512_mask_mov_ps(vmin(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+#else
+    return _mm256_blendv_ps(vmin(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
 #endif
 }
 // x / (1 + e^-x).

@@ -90,3 +90,76 @@ class CopyArgs(ctypes.Structure):
         *((name, c_int64 * COPY_DIMS) for name in ("shape", "x_strides", "y_strides")),
         *((name, c_int64) for name in ("dims", "itemsize", "turned")),
     )
+
+
+class SoftmaxArgs(ctypes.Structure):
+    """SoftmaxArgs in csrc/kernels/rows.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("y", c_void_p),
+        *((name, c_int64) for name in ("outer", "size", "inner", "logarithm")),
+    )
+
+
+class RowNormArgs(ctypes.Structure):
+    """RowNormArgs in csrc/kernels/rows.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "scale", "bias", "y")),
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("epsilon", c_float),
+        ("rms", c_int32),
+    )
+
+
+class GroupNormArgs(ctypes.Structure):
+    """GroupNormArgs in csrc/kernels/rows.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "scale", "bias", "y")),
+        *((name, c_int64) for name in ("outer", "channels", "places", "groups")),
+        ("epsilon", c_float),
+        ("channels_last", c_int32),
+    )
+
+
+class ReduceArgs(ctypes.Structure):
+    """ReduceArgs in csrc/kernels/rows.h."""
+
+    _fields_ = (("x", c_void_p), ("y", c_void_p), *((name, c_int64) for name in ("outer", "size", "inner", "kind")))
+
+
+class GatherArgs(ctypes.Structure):
+    """GatherArgs in csrc/kernels/gather.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "indices", "y")),
+        *((name, c_int64) for name in ("outer", "size", "row_bytes", "count", "wide")),
+    )
+
+
+MATMUL_DIMS = 4
+
+
+class MatmulArgs(ctypes.Structure):
+    """MatmulArgs in csrc/kernels/matmul.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("a", "b", "y")),
+        *((name, c_int64 * MATMUL_DIMS) for name in ("shape", "a_strides", "b_strides")),
+        *((name, c_int64) for name in ("m", "n", "k", "a_row", "b_row", "b_column")),
+    )
+
+
+class GraphAttentionArgs(ctypes.Structure):
+    """GraphAttentionArgs in csrc/kernels/matmul.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "mask", "y")),
+        *((name, c_int64 * 4) for name in ("q_strides", "k_strides", "v_strides", "mask_strides", "y_strides")),
+        *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size", "v_size")),
+        ("scale", c_float),
+        ("reserved", c_int32),
+    )

@@ -126,13 +126,16 @@ class Recorder:
             self._copies[key] = made
         return self._copies[key]
 
-    def output(self, value: Value, *, channels_last: bool = False) -> Tensor:
-        """Memory for a result of the node."""
+    def output(self, value: Value, *, channels_last: bool = False, order: Sequence[int] | None = None) -> Tensor:
+        """Memory for a result of the node. `order` are its axes as they shall lie, the outermost first."""
         shape = value.static_shape
         assert shape is not None
         assert value.dtype is not None
         rows = contiguous_strides(shape)
         strides = channels_last_strides(shape) if channels_last and len(shape) >= 3 else rows
+        if order is not None:
+            own = contiguous_strides([shape[axis] for axis in order])
+            strides = tuple(own[list(order).index(axis)] for axis in range(len(shape)))
         slot = self.outputs.get(value, 0)
         made = self._new(value.dtype, shape, strides)
         if slot and made.is_contiguous and value not in self._direct:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from trine.graph.ir import Node
-from trine.graph.native.args import COPY_DIMS, CopyArgs
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+from trine.graph.dtypes import DType
+from trine.graph.ir import Node, Value
+from trine.graph.native.args import COPY_DIMS, CopyArgs, GatherArgs
 from trine.graph.native.recorder import Recorder, native
 from trine.graph.native.tensor import Tensor, collapse
 
@@ -23,6 +28,7 @@ def copy(tape: Recorder, source: Tensor, target: Tensor) -> None:
     tape.step("copy", args, {"x": source, "y": target})
 
 
+@native("Dropout")
 @native("Reshape")
 @native("Flatten")
 @native("Squeeze")
@@ -31,8 +37,10 @@ def copy(tape: Recorder, source: Tensor, target: Tensor) -> None:
 def reshape(tape: Recorder, node: Node) -> bool:
     """The same elements under another shape; a copy only where their order in memory is another."""
     x, shape = tape.tensor(node.inputs[0]), node.output.static_shape
-    if x is None or shape is None:
+    if x is None or shape is None or prod(shape) != x.count or any(value.name for value in node.outputs[1:]):
         return False
+    if node.op == "Dropout" and node.input(2) is not None:
+        return False  # it may be training
     tape.alias(node.output, x.view(shape) or _viewed(tape.rows(x), shape))
     return True
 
@@ -59,6 +67,132 @@ def expand(tape: Recorder, node: Node) -> bool:
     if x is None or shape is None or len(x.shape) > len(shape):
         return False
     tape.alias(node.output, x.expand(shape))
+    return True
+
+
+@native("Split")
+def split(tape: Recorder, node: Node) -> bool:
+    """Views."""
+    x = tape.tensor(node.inputs[0])
+    if x is None:
+        return False
+    axis, start = node.attributes.get("axis", 0) % len(x.shape), 0
+    sizes = [None if value.static_shape is None else value.static_shape[axis] for value in node.outputs]
+    counts = [size for size in sizes if size is not None]
+    if len(counts) != len(sizes) or sum(counts) != x.shape[axis]:
+        return False
+    for value, count in zip(node.outputs, counts, strict=True):
+        if value.name:
+            tape.alias(value, x.slice(axis, start, count))
+        start += count
+    return True
+
+
+def _numbers(value: Value | None) -> list[int] | None:
+    return None if value is None or not value.is_constant else [int(item) for item in value.data.reshape(-1).tolist()]
+
+
+@native("Slice")
+def slice_(tape: Recorder, node: Node) -> bool:
+    """A view, with strides below zero where it runs backwards."""
+    x, starts, ends = tape.tensor(node.inputs[0]), _numbers(node.input(1)), _numbers(node.input(2))
+    if x is None or starts is None or ends is None:
+        return False
+    axes = list(range(len(starts))) if node.input(3) is None else _numbers(node.input(3))
+    steps = [1] * len(starts) if node.input(4) is None else _numbers(node.input(4))
+    if axes is None or steps is None or 0 in steps:
+        return False
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        axis %= len(x.shape)
+        places = range(*slice(start, end, step).indices(x.shape[axis]))
+        x = x.slice(axis, places.start if places else 0, len(places), step)
+    if x.shape != node.output.static_shape:
+        return False
+    tape.alias(node.output, x)
+    return True
+
+
+@native("Gather")
+def gather(tape: Recorder, node: Node) -> bool:
+    """Rows by number; a constant single number is a view."""
+    x, indices = tape.tensor(node.inputs[0]), node.inputs[1]
+    if x is None or indices is None or not x.shape or indices.dtype not in (DType.INT64, DType.INT32):
+        return False
+    axis = node.attributes.get("axis", 0) % len(x.shape)
+    if indices.is_constant and indices.data.dim() == 0:
+        place = int(indices.data)
+        place += x.shape[axis] if place < 0 else 0
+        if 0 <= place < x.shape[axis]:
+            row = x.slice(axis, place, 1)
+            keep = [i for i in range(len(x.shape)) if i != axis]
+            shape, strides = tuple(x.shape[i] for i in keep), tuple(x.strides[i] for i in keep)
+            tape.alias(node.output, replace(row, shape=shape, strides=strides))
+            return True
+    picked = tape.tensor(indices)
+    if picked is None or not x.count or not picked.count:
+        return False
+    x, picked, y = tape.rows(x), tape.rows(picked), tape.output(node.output)
+    args = GatherArgs(
+        outer=prod(x.shape[:axis]),
+        size=x.shape[axis],
+        row_bytes=prod(x.shape[axis + 1 :]) * x.itemsize,
+        count=picked.count,
+        wide=picked.dtype is DType.INT64,
+    )
+    tape.step("gather", args, {"x": x, "indices": picked, "y": y})
+    return True
+
+
+@native("Tile")
+def tile(tape: Recorder, node: Node) -> bool:
+    """A view in which each dimension stands twice, and a copy of it."""
+    x, repeats = tape.tensor(node.inputs[0]), _numbers(node.input(1))
+    if x is None or repeats is None or len(repeats) != len(x.shape) or not x.count or 0 in repeats:
+        return False
+    pairs = [(count, size) for count, size in zip(repeats, x.shape, strict=True)]
+    single = x.view([part for _, size in pairs for part in (1, size)])
+    assert single is not None
+    wide = single.expand([part for pair in pairs for part in pair])
+    y = tape.output(node.output)
+    target = y.view(wide.shape)
+    assert target is not None
+    copy(tape, wide, target)
+    return True
+
+
+@native("DepthToSpace")
+def depth_to_space(tape: Recorder, node: Node) -> bool:
+    x = tape.tensor(node.inputs[0])
+    if x is None or len(x.shape) != 4 or not x.count:
+        return False
+    (n, c, h, w), b = x.shape, node.attributes["blocksize"]
+    if node.attributes.get("mode", "DCR") == "DCR":
+        shape, order = (n, b, b, c // b // b, h, w), (0, 3, 4, 1, 5, 2)
+    else:
+        shape, order = (n, c // b // b, b, b, h, w), (0, 1, 4, 2, 5, 3)
+    return _rearranged(tape, node, x, shape, order)
+
+
+@native("SpaceToDepth")
+def space_to_depth(tape: Recorder, node: Node) -> bool:
+    x = tape.tensor(node.inputs[0])
+    if x is None or len(x.shape) != 4 or not x.count:
+        return False
+    (n, c, h, w), b = x.shape, node.attributes["blocksize"]
+    return _rearranged(tape, node, x, (n, c, h // b, b, w // b, b), (0, 3, 5, 1, 2, 4))
+
+
+def _rearranged(tape: Recorder, node: Node, x: Tensor, shape: Sequence[int], order: Sequence[int]) -> bool:
+    """x under another shape, its axes in another order: copied into a result with the channels as they lie in x."""
+    split = x.view(shape)
+    if split is None:
+        split = _viewed(tape.rows(x), tuple(shape))
+    turned = split.permute(order)
+    y = tape.output(node.output, channels_last=x.is_channels_last and not x.is_contiguous)
+    target = y.view(turned.shape)
+    if target is None:
+        return False
+    copy(tape, turned, target)
     return True
 
 
