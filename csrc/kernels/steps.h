@@ -7,6 +7,7 @@
 #include "gather.h"
 #include "matmul.h"
 #include "rows.h"
+#include "windows.h"
 
 namespace trine {
 namespace TRINE_ISA {
@@ -39,6 +40,13 @@ static constexpr StepKernel STEPS[] = {
     TRINE_STEP(gather, GatherArgs),
     TRINE_STEP(matmul, MatmulArgs),
     TRINE_STEP(graph_attention, GraphAttentionArgs),
+    TRINE_STEP(quantized_conv, WindowArgs),
+    TRINE_STEP(bf16_conv, WindowArgs),
+    TRINE_STEP(depthwise8, WindowArgs),
+    TRINE_STEP(quantize, QuantizeArgs),
+    TRINE_STEP(add_bytes, AddBytesArgs),
+    TRINE_STEP(max_pool_bytes, BytePoolArgs),
+    TRINE_STEP(mean_bytes, ByteMeanArgs),
 };
 
 }  // namespace TRINE_ISA

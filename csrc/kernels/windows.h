@@ -1,0 +1,455 @@
+// Convolutions and matrix products whose input is first gathered: rows of a product, one an output pixel, in the type
+// that the product's instruction reads. Gathering costs a copy for each place of the kernel, and no more: a row is used
+// for all filters, which at 27 products of 8 bits a cycle (AVX2) is ten times as long for 64 of them.
+//
+// A core says how numbers are stored in the rows and multiplies them with panels of weights. Integer sums are exact;
+// the results depend on nothing else that is in the batch.
+#pragma once
+
+#include "bytes.h"
+#include "linear.h"
+#if defined(TRINE_TILES)
+#include "amx.h"
+#endif
+
+namespace trine {
+namespace TRINE_ISA {
+
+constexpr int64_t WINDOW_BYTES = 128 * 1024;  // of a task's rows: a quarter of the second-level cache
+constexpr int64_t WINDOW_ROWS_LEAST = 24;
+constexpr int64_t WINDOW_ROWS_MOST = 192;
+constexpr int64_t SLACK = 64;  // bytes that copies may write beyond a row
+
+// Rows of 16-bit integers, x - zero, times int8 weights widened: pairs of products a lane, exact (vpmaddubsw, on bytes
+// as they are, would saturate).
+struct WordCore {
+    using Row = int16_t;
+    using Sum = int32_t;
+    static constexpr int64_t rows_at_once = 6;
+    static constexpr int64_t panels_at_once = 1;
+    static constexpr int64_t slice = 512;  // of k: 16 KiB of widened weights
+    static constexpr int64_t weight_bytes = 1;
+    DType dtype;
+    int32_t zero;
+
+    explicit WordCore(const WindowArgs& a) : dtype(a.x_dtype), zero(a.x_zero) {}
+    Row padding() const { return 0; }
+    int64_t element() const { return 1; }
+
+    void copy(const void* from, int64_t n, Row* to) const {
+        const char* p = static_cast<const char*>(from);
+        const __m256i shift = _mm256_set1_epi16(static_cast<int16_t>(zero));
+        for (; n >= 16; n -= 16, p += 16, to += 16) put(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), shift, to);
+        if (n == 0) return;
+        alignas(16) char rest[16] = {};
+        memcpy(rest, p, n);
+        put(_mm_load_si128(reinterpret_cast<const __m128i*>(rest)), shift, to);
+    }
+    INLINE void put(const WordCore& core, __m128i bytes, __m256i shift, Row* to) {
+        const __m256i wide = core.dtype == INT8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_sub_epi16(wide, shift));
+    }
+    void put(__m128i bytes, __m256i shift, Row* to) const { put(*this, bytes, shift, to); }
+
+#if !defined(__AVX512F__)
+    // c[R][16] (+)= x[R][2 pairs] w[pairs][16][2]; the weights are words already, or bytes.
+    template <int R, bool WIDE>
+    static void micro(const Row* x, int64_t stride, const char* w, int64_t pairs, Sum* c, bool accumulate) {
+        vi sum[R][2];
+        UNROLL
+        for (int r = 0; r < R; ++r) {
+            sum[r][0] = accumulate ? loadi(c + r * PANEL) : zeroi();
+            sum[r][1] = accumulate ? loadi(c + r * PANEL + W) : zeroi();
+        }
+        for (int64_t p = 0; p < pairs; ++p) {
+            const vi w0 = WIDE ? loadi(w + p * 64) : widen_int8(w + p * 32);
+            const vi w1 = WIDE ? loadi(w + p * 64 + 32) : widen_int8(w + p * 32 + 16);
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                int32_t pair;
+                memcpy(&pair, x + r * stride + 2 * p, 4);
+                const vi value = set1i(pair);
+                sum[r][0] = dot_pairs(sum[r][0], w0, value);
+                sum[r][1] = dot_pairs(sum[r][1], w1, value);
+            }
+        }
+        UNROLL
+        for (int r = 0; r < R; ++r) storei(c + r * PANEL, sum[r][0]), storei(c + r * PANEL + W, sum[r][1]);
+    }
+
+    template <bool WIDE>
+    static void block(int64_t rows, const Row* x, int64_t stride, const char* w, int64_t pairs, Sum* c, bool more) {
+        using Function = decltype(&micro<1, WIDE>);
+        static constexpr Function functions[] = {micro<1, WIDE>, micro<2, WIDE>, micro<3, WIDE>,
+                                                 micro<4, WIDE>, micro<5, WIDE>, micro<6, WIDE>};
+        functions[rows - 1](x, stride, w, pairs, c, more);
+    }
+
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t, int64_t depth, Sum* c) const {
+        if (rows <= rows_at_once) return block<false>(rows, x, stride, w, depth / 2, c, false);
+        alignas(64) int16_t wide[slice * PANEL];
+        const Blocks blocks(rows, rows_at_once);
+        for (int64_t start = 0; start < depth; start += slice) {
+            const int64_t length = min(slice, depth - start);
+            for (int64_t i = 0; i < length * PANEL; i += 2 * W) storei(wide + i, widen_int8(w + start * PANEL + i));
+            for (int64_t b = 0; b < blocks.count; ++b) {
+                const int64_t row = blocks.first(b), size = blocks.first(b + 1) - row;
+                block<true>(size, x + row * stride + start, stride, reinterpret_cast<const char*>(wide), length / 2,
+                            c + row * PANEL, start > 0);
+            }
+        }
+    }
+#endif
+    vf total(const Sum* c, const WindowArgs&, int64_t) const { return to_float(loadi(c)); }
+};
+
+// Rows of unsigned bytes times int8 weights, four products a lane; the zero point's share is a filter's own constant.
+struct ByteCore {
+    using Row = uint8_t;
+    using Sum = int32_t;
+    static constexpr int64_t rows_at_once = 8;
+    static constexpr int64_t panels_at_once = 2;
+    static constexpr int64_t weight_bytes = 1;
+    uint8_t flip;  // signed bytes become unsigned ones, 128 more
+    int32_t zero;
+
+    explicit ByteCore(const WindowArgs& a)
+        : flip(a.x_dtype == INT8 ? 0x80 : 0), zero(a.x_zero + (a.x_dtype == INT8 ? 128 : 0)) {}
+    Row padding() const { return static_cast<Row>(zero); }
+    int64_t element() const { return 1; }
+
+    void copy(const void* from, int64_t n, Row* to) const {
+        memcpy(to, from, n);
+        if (flip)
+            for (int64_t i = 0; i < n; ++i) to[i] ^= flip;
+    }
+
+#if defined(TRINE_TILES)
+    // c[rows][32] = x[rows][depth] w for up to 32 rows; `next` is the second panel, or the first again.
+    static void tiles_block(const Row* x, int64_t stride, int64_t rows, const char* w, const char* next, int64_t depth,
+                            Sum* c) {
+        const bool tall = rows > TILE_ROWS;
+        tile_zero<0>();
+        tile_zero<1>();
+        if (tall) tile_zero<2>(), tile_zero<3>();
+        for (int64_t i = 0; i < depth; i += 64) {
+            tile_load<6>(w + i * PANEL, 64);
+            tile_load<4>(x + i, stride);
+            tile_dot_unsigned<0, 4, 6>();
+            tile_load<7>(next + i * PANEL, 64);
+            tile_dot_unsigned<1, 4, 7>();
+            if (tall) {
+                tile_load<5>(x + TILE_ROWS * stride + i, stride);
+                tile_dot_unsigned<2, 5, 6>();
+                tile_dot_unsigned<3, 5, 7>();
+            }
+        }
+        tile_store<0>(c, 2 * PANEL * sizeof(Sum));
+        tile_store<1>(c + PANEL, 2 * PANEL * sizeof(Sum));
+        if (!tall) return;
+        tile_store<2>(c + 2 * TILE_ROWS * PANEL, 2 * PANEL * sizeof(Sum));
+        tile_store<3>(c + 2 * TILE_ROWS * PANEL + PANEL, 2 * PANEL * sizeof(Sum));
+    }
+
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+        const char* next = panels > 1 ? w + depth * PANEL : w;
+        int64_t configured = 0;
+        for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
+            const int64_t size = min(2 * TILE_ROWS, rows - row);
+            if (size != configured) configure(configured = size);
+            tiles_block(x + row * stride, stride, size, w, next, depth, c + row * 2 * PANEL);
+        }
+        tile_release();
+    }
+#elif defined(__AVX512F__)
+    template <int R>
+    static void micro(const Row* x, int64_t stride, const char* w, const char* next, int64_t depth, Sum* c) {
+        vi sum[R][2];
+        UNROLL
+        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = zeroi();
+        for (int64_t i = 0; i < depth; i += 4) {
+            const vi w0 = loadi(w + i * PANEL), w1 = loadi(next + i * PANEL);
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                int32_t quad;
+                memcpy(&quad, x + r * stride + i, 4);
+                const vi value = set1i(quad);
+                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], value, w0);
+                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], value, w1);
+            }
+        }
+        UNROLL
+        for (int r = 0; r < R; ++r) storei(c + r * 2 * PANEL, sum[r][0]), storei(c + r * 2 * PANEL + PANEL, sum[r][1]);
+    }
+
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+        using Function = decltype(&micro<1>);
+        static constexpr Function functions[] = {micro<1>, micro<2>, micro<3>, micro<4>,
+                                                 micro<5>, micro<6>, micro<7>, micro<8>};
+        const char* next = panels > 1 ? w + depth * PANEL : w;
+        const Blocks blocks(rows, rows_at_once);
+        for (int64_t b = 0; b < blocks.count; ++b) {
+            const int64_t row = blocks.first(b), size = blocks.first(b + 1) - row;
+            functions[size - 1](x + row * stride, stride, w, next, depth, c + row * 2 * PANEL);
+        }
+    }
+#endif
+    vf total(const Sum* c, const WindowArgs& a, int64_t at) const {
+        const vi share = loadi(a.sums + at);
+#if defined(__AVX512F__)
+        return to_float(_mm512_sub_epi32(loadi(c), _mm512_mullo_epi32(share, set1i(zero))));
+#else
+        return to_float(_mm256_sub_epi32(loadi(c), _mm256_mullo_epi32(share, set1i(zero))));
+#endif
+    }
+};
+
+#if defined(TRINE_TILES) || defined(__AVX512BF16__)
+// Rows of bf16, rounded from float32, times bf16 weights.
+struct Bf16Core {
+    using Row = bf16;
+    using Sum = float;
+    static constexpr int64_t rows_at_once = 8;
+    static constexpr int64_t panels_at_once = 2;
+    static constexpr int64_t weight_bytes = 2;
+
+    explicit Bf16Core(const WindowArgs&) {}
+    Row padding() const { return {0}; }
+    int64_t element() const { return 4; }
+
+    void copy(const void* from, int64_t n, Row* to) const {
+        const float* p = static_cast<const float*>(from);
+        for (int64_t i = 0; i < n; i += W) store(to + i, load_upto(p + i, n - i));
+    }
+
+#if defined(TRINE_TILES)
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+        const char* b[2] = {w, panels > 1 ? w + depth * 2 * PANEL : w};
+        int64_t configured = 0;
+        for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
+            const int64_t size = min(2 * TILE_ROWS, rows - row);
+            if (size != configured) configure(configured = size);
+            const Row* from = x + row * stride;
+            float* to = c + row * 2 * PANEL;
+            if (size > TILE_ROWS)
+                amx_tall(from, stride, b, depth, to, 2 * PANEL, false, Ahead{{b[0], b[1]}, 0});
+            else
+                amx_flat<2>(from, stride, b, depth, to, 2 * PANEL, false);
+        }
+        tile_release();
+    }
+#else
+    template <int R>
+    static void micro(const Row* x, int64_t stride, const char* w, const char* next, int64_t depth, Sum* c) {
+        vf sum[R][2];
+        UNROLL
+        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = zero();
+        for (int64_t i = 0; i < depth; i += 2) {
+            const vi w0 = loadi(w + i * 2 * PANEL), w1 = loadi(next + i * 2 * PANEL);
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                int32_t pair;
+                memcpy(&pair, x + r * stride + i, 4);
+                const vi value = set1i(pair);
+                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], (__m512bh)value, (__m512bh)w0);
+                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], (__m512bh)value, (__m512bh)w1);
+            }
+        }
+        UNROLL
+        for (int r = 0; r < R; ++r) store(c + r * 2 * PANEL, sum[r][0]), store(c + r * 2 * PANEL + PANEL, sum[r][1]);
+    }
+
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+        using Function = decltype(&micro<1>);
+        static constexpr Function functions[] = {micro<1>, micro<2>, micro<3>, micro<4>,
+                                                 micro<5>, micro<6>, micro<7>, micro<8>};
+        const char* next = panels > 1 ? w + depth * 2 * PANEL : w;
+        const Blocks blocks(rows, rows_at_once);
+        for (int64_t b = 0; b < blocks.count; ++b) {
+            const int64_t row = blocks.first(b), size = blocks.first(b + 1) - row;
+            functions[size - 1](x + row * stride, stride, w, next, depth, c + row * 2 * PANEL);
+        }
+    }
+#endif
+    vf total(const Sum* c, const WindowArgs&, int64_t) const { return load(c); }
+};
+#endif
+
+// How a convolution is cut into tasks: ranges of output pixels x ranges of panels, of one group.
+struct WindowJob {
+    int64_t rows, rows_per_task, row_tasks, panels, panels_per_task, panel_tasks, stride;
+
+    WindowJob(const WindowArgs& a, int64_t row_bytes, int64_t together) {
+        rows = a.images * a.out_height * a.out_width;
+        panels = ceil_div(a.filters, PANEL);
+        stride = a.depth + SLACK;
+        const int64_t most = max(WINDOW_ROWS_LEAST, min(WINDOW_ROWS_MOST, WINDOW_BYTES / (stride * row_bytes)));
+        const int64_t wanted = num_threads() * 6;
+        row_tasks = ceil_div(rows, most);
+        if (row_tasks * a.groups < wanted) row_tasks = max(row_tasks, min(ceil_div(rows, 2 * WINDOW_ROWS_LEAST), wanted));
+        rows_per_task = round_up(ceil_div(rows, row_tasks), min<int64_t>(rows, 6));
+        row_tasks = ceil_div(rows, rows_per_task);
+        // With few rows the filters are shared out; each task gathers for itself.
+        const int64_t others = row_tasks * a.groups;
+        const int64_t parts = max<int64_t>(1, min(ceil_div(panels, together), ceil_div(num_threads() * 3, others)));
+        panels_per_task = round_up(ceil_div(panels, others >= num_threads() * 3 ? 1 : parts), together);
+        panel_tasks = ceil_div(panels, panels_per_task);
+    }
+};
+
+// The windows of the rows [first, first + count) of one group, as the core stores them.
+template <class Core>
+static void gather_windows(const WindowArgs& a, const Core& core, int64_t group, int64_t first, int64_t count, int64_t stride,
+                           typename Core::Row* to) {
+    const char* x = static_cast<const char*>(a.x) + group * a.channels * core.element();
+    int64_t ox = first % a.out_width, oy = first / a.out_width % a.out_height, n = first / a.out_width / a.out_height;
+    const int64_t places = a.kernel_h * a.kernel_w;
+    const bool lines = a.dilation_w == 1 && a.x_pixel == a.channels;  // neighbouring pixels touch
+    for (int64_t r = 0; r < count; ++r) {
+        typename Core::Row* row = to + r * stride;
+        const int64_t top = oy * a.stride_h - a.pad_top, left = ox * a.stride_w - a.pad_left;
+        const char* image = x + n * a.x_image * core.element();
+        if (places == 1 && !a.pad_top && !a.pad_left) {
+            core.copy(image + (top * a.x_row + left * a.x_pixel) * core.element(), a.channels, row);
+        } else {
+            for (int64_t i = 0; i < a.kernel_h; ++i) {
+                const int64_t y = top + i * a.dilation_h;
+                const bool inside = y >= 0 && y < a.height;
+                const char* line = image + y * a.x_row * core.element();
+                if (inside && lines && left >= 0 && left + a.kernel_w <= a.width) {
+                    core.copy(line + left * a.x_pixel * core.element(), a.kernel_w * a.channels, row);
+                    row += a.kernel_w * a.channels;
+                    continue;
+                }
+                for (int64_t j = 0; j < a.kernel_w; ++j, row += a.channels) {
+                    const int64_t column = left + j * a.dilation_w;
+                    if (inside && column >= 0 && column < a.width)
+                        core.copy(line + column * a.x_pixel * core.element(), a.channels, row);
+                    else
+                        for (int64_t c = 0; c < a.channels; ++c) row[c] = core.padding();
+                }
+            }
+        }
+        for (typename Core::Row* end = to + r * stride + a.depth, *rest = to + r * stride + places * a.channels; rest < end;
+             ++rest)
+            *rest = {};
+        if (++ox == a.out_width) {
+            ox = 0;
+            if (++oy == a.out_height) oy = 0, ++n;
+        }
+    }
+}
+
+template <class Core>
+static void window_task(const WindowArgs& a, const Core& core, const WindowJob& job, int64_t index) {
+    using Row = typename Core::Row;
+    using Sum = typename Core::Sum;
+    const int64_t first_panel = index % job.panel_tasks * job.panels_per_task;
+    const int64_t end_panel = min(first_panel + job.panels_per_task, job.panels);
+    index /= job.panel_tasks;
+    const int64_t first = index % job.row_tasks * job.rows_per_task, group = index / job.row_tasks;
+    const int64_t rows = min(job.rows_per_task, job.rows - first);
+    Row* x = static_cast<Row*>(scratch(SCRATCH_INPUT, (rows * job.stride + SLACK) * sizeof(Row)));
+    gather_windows(a, core, group, first, rows, job.stride, x);
+    constexpr int64_t together = Core::panels_at_once, ldc = together * PANEL;
+    Sum* c = static_cast<Sum*>(scratch(SCRATCH_ACCUMULATOR, round_up(rows, 32) * ldc * sizeof(Sum)));
+    const int64_t panel_bytes = a.depth * PANEL * Core::weight_bytes;
+    const char* weight = static_cast<const char*>(a.weight) + group * job.panels * panel_bytes;
+    for (int64_t p = first_panel; p < end_panel; p += together) {
+        const int64_t panels = min(together, end_panel - p);
+        core.product(x, job.stride, rows, weight + p * panel_bytes, panels, a.depth, c);
+        const int64_t columns = min(panels * PANEL, a.filters - p * PANEL), at = (group * job.panels + p) * PANEL;
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < columns; i += W)
+                finish_vector(a.finish, core.total(c + r * ldc + i, a, at + i), first + r,
+                              group * a.filters + p * PANEL + i, at + i, columns - i);
+    }
+}
+
+template <class Core>
+static void windows(const WindowArgs& a) {
+    if (a.images * a.out_height * a.out_width == 0) return;
+    const Core core(a);
+    const WindowJob job(a, sizeof(typename Core::Row), Core::panels_at_once);
+    const int64_t tasks = a.groups * job.row_tasks * job.panel_tasks;
+    if (job.rows * a.depth * a.filters < SERIAL_WORK)
+        for (int64_t i = 0; i < tasks; ++i) window_task(a, core, job, i);
+    else
+        parallel(tasks, [&](int64_t i) { window_task(a, core, job, i); });
+}
+
+static void quantized_conv(const WindowArgs& a) {
+#if defined(TRINE_TILES) || defined(__AVX512F__)
+    windows<ByteCore>(a);
+#else
+    windows<WordCore>(a);
+#endif
+}
+
+// -1 where the processor has no arithmetic on bf16: whoever records a tape takes float32's kernels there.
+static int bf16_conv(const WindowArgs& a) {
+#if defined(TRINE_TILES) || defined(__AVX512BF16__)
+    windows<Bf16Core>(a);
+    return 0;
+#else
+    return -1;
+#endif
+}
+
+// A filter for each channel. weight: int16 [pairs of places][channels / 16][2][16]: two neighbours in (y, x) side by
+// side, for channels 0-3 and 8-11, then 4-7 and 12-15, as the unpacking instructions have them; an odd last place is
+// followed by zeros, and so are the channels.
+static void depthwise_line(const WindowArgs& a, int64_t line) {
+    const int64_t n = line / a.out_height, top = line % a.out_height * a.stride_h - a.pad_top;
+    const int64_t channels = a.groups, blocks = ceil_div(channels, 16), places = a.kernel_h * a.kernel_w;
+    const int64_t pairs = ceil_div(places, 2);
+    const char* image = static_cast<const char*>(a.x) + n * a.x_image;
+    const __m256i shift = _mm256_set1_epi16(static_cast<int16_t>(a.x_zero));
+    const char** taps = static_cast<const char**>(scratch(SCRATCH_INPUT, (pairs * 2 + 1) * sizeof(char*)));
+    for (int64_t ox = 0; ox < a.out_width; ++ox) {
+        const int64_t left = ox * a.stride_w - a.pad_left;
+        for (int64_t p = 0; p < pairs * 2; ++p) {
+            const int64_t y = top + p / a.kernel_w * a.dilation_h, x = left + p % a.kernel_w * a.dilation_w;
+            const bool inside = p < places && y >= 0 && y < a.height && x >= 0 && x < a.width;
+            taps[p] = inside ? image + y * a.x_row + x * a.x_pixel : nullptr;
+        }
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t left_over = channels - b * 16;
+            const auto value = [&](const char* tap) {
+                if (!tap) return _mm256_setzero_si256();
+                __m128i bytes;
+                if (left_over >= 16) {
+                    bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tap + b * 16));
+                } else {
+                    alignas(16) char rest[16] = {};
+                    memcpy(rest, tap + b * 16, left_over);
+                    bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(rest));
+                }
+                const __m256i wide = a.x_dtype == INT8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+                return _mm256_sub_epi16(wide, shift);
+            };
+            __m256i low = _mm256_setzero_si256(), high = low;
+            const __m256i* w = static_cast<const __m256i*>(a.weight) + b * 2;
+            for (int64_t p = 0; p < pairs; ++p, w += blocks * 2) {
+                const __m256i first = value(taps[2 * p]), second = value(taps[2 * p + 1]);
+                low = _mm256_add_epi32(
+                    low, _mm256_madd_epi16(_mm256_unpacklo_epi16(first, second), _mm256_loadu_si256(w)));
+                high = _mm256_add_epi32(
+                    high, _mm256_madd_epi16(_mm256_unpackhi_epi16(first, second), _mm256_loadu_si256(w + 1)));
+            }
+            alignas(64) int32_t sums[16];
+            _mm256_store_si256(reinterpret_cast<__m256i*>(sums), _mm256_permute2x128_si256(low, high, 0x20));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(sums + 8), _mm256_permute2x128_si256(low, high, 0x31));
+            for (int64_t i = 0; i < 16 && i < left_over; i += W)
+                finish_vector(a.finish, to_float(loadi(sums + i)), line * a.out_width + ox, b * 16 + i, b * 16 + i,
+                              left_over - i);
+        }
+    }
+}
+
+static void depthwise8(const WindowArgs& a) {
+    parallel(a.images * a.out_height, [&](int64_t line) { depthwise_line(a, line); });
+}
+
+}  // namespace TRINE_ISA
+}  // namespace trine

@@ -1,0 +1,400 @@
+"""Convolutions, matrix products, sums and pooling on 8-bit integers; quantising and back (csrc/kernels/windows.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from math import prod
+from typing import Any
+
+import torch
+
+from trine.graph.dtypes import DType
+from trine.graph.ir import Node, Value
+from trine.graph.native.args import ACTIVATIONS
+from trine.graph.native.recorder import Recorder, native
+from trine.graph.native.tape import library
+from trine.graph.native.tensor import NUMBERS, Tensor
+from trine.graph.passes.quantized import scale_of
+
+PANEL = 16
+_BYTES = (DType.UINT8, DType.INT8)
+_LARGEST_WINDOW = 64
+"""Places of a depthwise kernel."""
+
+
+class Finish(ctypes.Structure):
+    """Finish in csrc/kernels/quantized_args.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("scale", "bias", "residual", "out")),
+        *((name, c_int64) for name in ("out_stride", "residual_stride")),
+        *((name, c_int32) for name in ("out_dtype", "residual_dtype", "out_zero", "residual_zero")),
+        *((name, c_float) for name in ("out_inverse", "residual_scale")),
+        ("activation", c_int32),
+    )
+
+
+class WindowArgs(ctypes.Structure):
+    """WindowArgs in csrc/kernels/quantized_args.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "sums")),
+        ("finish", Finish),
+        *((name, c_int64) for name in ("images", "groups", "channels", "filters", "depth")),
+        *((name, c_int64) for name in ("height", "width", "out_height", "out_width")),
+        *((name, c_int64) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")),
+        *((name, c_int64) for name in ("pad_top", "pad_left", "x_pixel", "x_row", "x_image")),
+        ("x_dtype", c_int32),
+        ("x_zero", c_int32),
+    )
+
+
+class BytePoolArgs(ctypes.Structure):
+    """BytePoolArgs in csrc/kernels/quantized_args.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "out")),
+        *((name, c_int64) for name in ("images", "channels", "height", "width", "out_height", "out_width")),
+        *((name, c_int64) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")),
+        *((name, c_int64) for name in ("pad_top", "pad_left")),
+        ("dtype", c_int32),
+    )
+
+
+class ByteMeanArgs(ctypes.Structure):
+    """ByteMeanArgs in csrc/kernels/quantized_args.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("finish", Finish),
+        *((name, c_int64) for name in ("images", "pixels", "channels")),
+        ("x_dtype", c_int32),
+        ("x_zero", c_int32),
+    )
+
+
+class QuantizeArgs(ctypes.Structure):
+    """QuantizeArgs in csrc/kernels/quantized_args.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "y")),
+        ("count", c_int64),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("zero", "dtype", "back")),
+    )
+
+
+class AddBytesArgs(ctypes.Structure):
+    """AddBytesArgs in csrc/kernels/quantized_args.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("a", "b", "y")),
+        ("count", c_int64),
+        *((name, c_float) for name in ("a_scale", "b_scale", "out_inverse")),
+        *((name, c_int32) for name in ("a_zero", "b_zero", "out_zero", "a_dtype", "b_dtype", "out_dtype")),
+        ("activation", c_int32),
+    )
+
+
+def step_of_k(size: int) -> tuple[int, int]:
+    """How many neighbours in k a kernel reads side by side, and what k is padded to, for weights of `size` bytes."""
+    pairs = size == 2 or library().trine_isa() == b"avx2"
+    return (2 if pairs else 4), (2 if pairs and size == 1 else 64 // size)
+
+
+def panels(data: torch.Tensor, groups: int, step: int, multiple: int) -> torch.Tensor:
+    """Weights [groups * filters, channels, kh, kw] as [groups][panels][k / step][16][step], k = (y, x, channel)."""
+    filters = data.shape[0] // groups
+    rows = data.reshape(groups, filters, *data.shape[1:]).movedim(2, -1).reshape(groups, filters, -1)
+    depth = -(-rows.shape[2] // multiple) * multiple
+    count = -(-filters // PANEL)
+    padded = torch.zeros(groups, count * PANEL, depth, dtype=data.dtype)
+    padded[:, :filters, : rows.shape[2]] = rows
+    return padded.view(groups, count, PANEL, depth // step, step).transpose(2, 3).contiguous()
+
+
+def in_panels(row: torch.Tensor, groups: int) -> torch.Tensor:
+    """[groups * filters] as [groups][panels * 16], zeros between."""
+    filters = row.numel() // groups
+    padded = torch.zeros(groups, -(-filters // PANEL) * PANEL, dtype=row.dtype)
+    padded[:, :filters] = row.view(groups, filters)
+    return padded
+
+
+def finish(node: Node, y: Tensor, residual: Tensor | None) -> tuple[Finish, dict[str, Any]]:
+    """What follows the sums, and what its pointers name."""
+    a = node.attributes
+    dtype = DType(a.get("y_dtype", DType.FLOAT32))
+    found = Finish(
+        out_dtype=NUMBERS[dtype],
+        out_zero=a.get("y_zero", 0),
+        out_inverse=1 / a.get("y_scale", 1.0),
+        residual_zero=a.get("residual_zero", 0),
+        residual_scale=a.get("residual_scale", 1.0),
+        activation=ACTIVATIONS.index(a.get("activation", "")),
+    )
+    if residual is not None:
+        found.residual_dtype = residual.number
+    return found, {"residual": residual, "out": y}
+
+
+def _pointers(args: type[ctypes.Structure], named: dict[str, Any], finished: dict[str, Any]) -> dict[str | int, Any]:
+    """By place: those of the arguments, and those of the Finish among them."""
+    start = args.finish.offset
+    return {**named, **{start + getattr(Finish, name).offset: tensor for name, tensor in finished.items()}}
+
+
+def row_constants(tape: Recorder, groups: int, scale: Value | None, bias: Value | None) -> dict[str, Any]:
+    """Scale and bias in panels."""
+    found = {"scale": scale, "bias": bias}
+    return {
+        name: tape.constant(value, f"panels:{groups}", lambda value=value: in_panels(value.data, groups))  # type: ignore[misc]
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def window_args(x: Tensor, y: Tensor, weight: torch.Tensor, attributes: dict[str, Any]) -> WindowArgs:
+    """The shape of a convolution over images with their channels innermost."""
+    n, channels, height, width = x.shape
+    groups, (kh, kw) = attributes["group"], weight.shape[2:]
+    pads, strides, dilations = attributes["pads"], attributes["strides"], attributes["dilations"]
+    return WindowArgs(
+        images=n,
+        groups=groups,
+        channels=channels // groups,
+        filters=weight.shape[0] // groups,
+        height=height,
+        width=width,
+        out_height=y.shape[2],
+        out_width=y.shape[3],
+        kernel_h=kh,
+        kernel_w=kw,
+        stride_h=strides[0],
+        stride_w=strides[1],
+        dilation_h=dilations[0],
+        dilation_w=dilations[1],
+        pad_top=pads[0],
+        pad_left=pads[1],
+        x_pixel=channels,
+        x_row=width * channels,
+        x_image=height * width * channels,
+        x_dtype=x.number,
+    )
+
+
+def row_args(rows: int, k: int, n: int, x: Tensor) -> WindowArgs:
+    """A product of rows by a matrix, as a convolution over one line of pixels."""
+    one = dict.fromkeys(["images", "groups", "height", "out_height", "kernel_h", "kernel_w"], 1)
+    steps = dict.fromkeys(["stride_h", "stride_w", "dilation_h", "dilation_w"], 1)
+    return WindowArgs(
+        **one, **steps, channels=k, filters=n, width=rows, out_width=rows, x_pixel=k, x_row=rows * k, x_dtype=x.number
+    )
+
+
+def _operands(tape: Recorder, node: Node) -> tuple[Tensor, Value, Tensor | None] | None:
+    """x, the weight and the residual of a quantised product, where kernels take them."""
+    x, weight, scale, bias = tape.tensor(node.inputs[0]), node.inputs[1], node.inputs[2], node.input(3)
+    if x is None or x.dtype not in _BYTES or not x.count or weight is None or not weight.is_constant:
+        return None
+    if scale is None or not scale.is_constant or (bias is not None and not bias.is_constant):
+        return None
+    residual = tape.tensor(node.input(4))
+    if node.input(4) is not None and (residual is None or residual.dtype not in (*_BYTES, DType.FLOAT32)):
+        return None
+    if residual is not None and residual.shape != node.output.static_shape:
+        return None
+    return x, weight, residual
+
+
+def _emit(
+    tape: Recorder, node: Node, args: WindowArgs, x: Tensor, y: Tensor, residual: Tensor | None, weight: Value
+) -> None:
+    """The step of a quantised product: packed weights, their sums, what follows."""
+    groups = args.groups
+    step, multiple = step_of_k(1)
+    data = weight.data.reshape(*weight.data.shape, *[1] * (4 - weight.data.dim()))
+    packed = tape.constant(weight, f"int8:{step}x{multiple}:{groups}", lambda: panels(data, groups, step, multiple))
+    args.depth = packed.shape[2] * step
+    args.x_zero = node.attributes["x_zero"]
+    total = tape.constant(
+        weight, f"sums:{groups}", lambda: in_panels(data.flatten(1).sum(1, dtype=torch.int32), groups)
+    )
+    args.finish, finished = finish(node, y, residual)
+    args.finish.out_stride = args.finish.residual_stride = groups * args.filters
+    finished |= row_constants(tape, groups, node.inputs[2], node.input(3))
+    named = {"x": x, "weight": packed, "sums": total}
+    in_place = [] if residual is None else [(residual, y)]
+    tape.step("quantized_conv", args, _pointers(WindowArgs, named, finished), in_place=in_place)
+
+
+@native("QuantizedConv")
+def quantized_conv(tape: Recorder, node: Node) -> bool:
+    """Any kernel, stride, dilation, padding and groups; a filter for each channel by a kernel of its own."""
+    found = _operands(tape, node)
+    if found is None or min(node.attributes["pads"]) < 0 or node.output.static_shape is None:
+        return False
+    x, weight, residual = found
+    x = tape.channels_last(x)
+    residual = None if residual is None else tape.channels_last(residual)
+    data = weight.data
+    y = tape.output(node.output, channels_last=True)
+    args = window_args(x, y, data, node.attributes)
+    if args.channels == 1 and args.filters == 1 and prod(data.shape[2:]) <= _LARGEST_WINDOW and args.groups > 1:
+        _depthwise(tape, node, args, (x, y, residual), weight)
+    else:
+        _emit(tape, node, args, x, y, residual, weight)
+    return True
+
+
+def _depthwise(
+    tape: Recorder, node: Node, args: WindowArgs, tensors: tuple[Tensor, Tensor, Tensor | None], weight: Value
+) -> None:
+    x, y, residual = tensors
+    packed = tape.constant(weight, "depthwise:int8", lambda: depthwise_pairs(weight.data))
+    args.x_zero = node.attributes["x_zero"]
+    args.finish, finished = finish(node, y, residual)
+    args.finish.out_stride = args.finish.residual_stride = args.groups
+    finished |= row_constants(tape, 1, node.inputs[2], node.input(3))
+    in_place = [] if residual is None else [(residual, y)]
+    tape.step("depthwise8", args, _pointers(WindowArgs, {"x": x, "weight": packed}, finished), in_place=in_place)
+
+
+def depthwise_pairs(data: torch.Tensor) -> torch.Tensor:
+    """Weights [channels, 1, kh, kw] as int16 [pairs of places][channels / 16][low, high][8][2]."""
+    channels, places = data.shape[0], data[0].numel()
+    blocks, pairs = -(-channels // 16), -(-places // 2)
+    padded = torch.zeros(blocks * 16, pairs * 2, dtype=torch.int16)
+    padded[:channels, :places] = data.flatten(1)
+    order = torch.tensor([[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]])
+    return padded.view(blocks, 16, pairs, 2)[:, order].permute(3, 0, 1, 2, 4).contiguous()
+
+
+@native("QuantizedLinear")
+def quantized_linear(tape: Recorder, node: Node) -> bool:
+    """Rows by a matrix."""
+    found = _operands(tape, node)
+    if found is None or node.output.static_shape is None:
+        return False
+    x, weight, residual = found
+    x = tape.rows(x)
+    residual = None if residual is None else tape.rows(residual)
+    n, k = weight.data.shape
+    y = tape.output(node.output)
+    _emit(tape, node, row_args(prod(x.shape[:-1]), k, n, x), x, y, residual, weight)
+    return True
+
+
+def _dense(tape: Recorder, x: Tensor) -> Tensor:
+    """Without holes, in one of the two orders that values have."""
+    return x if x.is_channels_last else tape.rows(x)
+
+
+def _convert(tape: Recorder, node: Node, op: str) -> bool:
+    scale, x = scale_of(node, op), tape.tensor(node.inputs[0])
+    if scale is None or x is None or node.output.static_shape is None:
+        return False
+    x = _dense(tape, x)
+    y = tape.output(node.output, channels_last=not x.is_contiguous)
+    back = op == "DequantizeLinear"
+    args = QuantizeArgs(count=x.count, scale=scale.scale, zero=scale.zero, dtype=NUMBERS[scale.dtype], back=back)
+    tape.step("quantize", args, {"x": x, "y": y})
+    return True
+
+
+@native("QuantizeLinear")
+def quantize_linear(tape: Recorder, node: Node) -> bool:
+    """With one scale."""
+    return _convert(tape, node, "QuantizeLinear")
+
+
+@native("DequantizeLinear")
+def dequantize_linear(tape: Recorder, node: Node) -> bool:
+    """With one scale."""
+    return _convert(tape, node, "DequantizeLinear")
+
+
+@native("QuantizedAdd")
+def quantized_add(tape: Recorder, node: Node) -> bool:
+    """Of integers of one shape."""
+    a, b = tape.tensor(node.inputs[0]), tape.tensor(node.inputs[1])
+    if a is None or b is None or a.shape != b.shape or a.shape != node.output.static_shape:
+        return False
+    if a.dtype not in _BYTES or b.dtype not in _BYTES:
+        return False
+    last = a.is_channels_last and not a.is_contiguous
+    a, b = (tape.channels_last(a), tape.channels_last(b)) if last else (tape.rows(a), tape.rows(b))
+    y = tape.output(node.output, channels_last=last)
+    names = node.attributes
+    args = AddBytesArgs(
+        count=a.count,
+        a_scale=names["a_scale"],
+        b_scale=names["b_scale"],
+        out_inverse=1 / names["y_scale"],
+        a_zero=names["a_zero"],
+        b_zero=names["b_zero"],
+        out_zero=names["y_zero"],
+        a_dtype=a.number,
+        b_dtype=b.number,
+        out_dtype=y.number,
+        activation=ACTIVATIONS.index(names["activation"]),
+    )
+    tape.step("add_bytes", args, {"a": a, "b": b, "y": y}, in_place=[(a, y), (b, y)])
+    return True
+
+
+@native("MaxPool", "bytes")
+def max_pool_bytes(tape: Recorder, node: Node) -> bool:
+    """Over two dimensions of images."""
+    x, a = tape.tensor(node.inputs[0]), node.attributes
+    if x is None or x.dtype not in _BYTES or len(x.shape) != 4 or node.output.static_shape is None or not x.count:
+        return False
+    if sum(bool(value.name) for value in node.outputs) != 1 or a.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return False
+    x = tape.channels_last(x)
+    y = tape.output(node.output, channels_last=True)
+    n, channels, height, width = x.shape
+    pads = [0] * 4 if a.get("auto_pad") == "VALID" else a.get("pads") or [0] * 4
+    strides, dilations = a.get("strides") or [1, 1], a.get("dilations") or [1, 1]
+    args = BytePoolArgs(
+        images=n,
+        channels=channels,
+        height=height,
+        width=width,
+        out_height=y.shape[2],
+        out_width=y.shape[3],
+        kernel_h=a["kernel_shape"][0],
+        kernel_w=a["kernel_shape"][1],
+        stride_h=strides[0],
+        stride_w=strides[1],
+        dilation_h=dilations[0],
+        dilation_w=dilations[1],
+        pad_top=pads[0],
+        pad_left=pads[1],
+        dtype=x.number,
+    )
+    tape.step("max_pool_bytes", args, {"x": x, "out": y})
+    return True
+
+
+@native("QuantizedGlobalAveragePool")
+def global_average_pool(tape: Recorder, node: Node) -> bool:
+    """The mean over the pixels of images."""
+    x = tape.tensor(node.inputs[0])
+    if x is None or x.dtype not in _BYTES or len(x.shape) != 4 or not x.count:
+        return False
+    x = tape.channels_last(x)
+    y = tape.output(node.output)
+    n, channels, height, width = x.shape
+    factor = node.attributes["x_scale"] / (height * width)
+    args = ByteMeanArgs(images=n, pixels=height * width, channels=channels, x_dtype=x.number)
+    args.x_zero = node.attributes["x_zero"]
+    args.finish, finished = finish(node, y, None)
+    args.finish.out_stride = channels
+    source = node.inputs[0]
+    assert source is not None
+    factors = torch.full((-(-channels // PANEL) * PANEL,), factor)
+    scale = tape.constant(source, f"mean:{channels}:{factor}", lambda: factors)
+    tape.step("mean_bytes", args, _pointers(ByteMeanArgs, {"x": x}, {**finished, "scale": scale}))
+    return True
