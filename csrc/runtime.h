@@ -42,7 +42,17 @@ int num_threads();
 void set_num_threads(int count);
 
 // 64-byte aligned memory of the calling thread, kept between calls; contents are lost when it grows.
-enum ScratchSlot { SCRATCH_INPUT, SCRATCH_ACCUMULATOR, SCRATCH_ATTENTION, SCRATCH_PARTIAL, SCRATCH_DECODER, SCRATCH_SLOTS };
+enum ScratchSlot {
+    SCRATCH_INPUT,
+    SCRATCH_ACCUMULATOR,
+    SCRATCH_ATTENTION,
+    SCRATCH_PARTIAL,
+    SCRATCH_DECODER,
+    SCRATCH_TABLE,  // addresses that a convolution reads and writes
+    SCRATCH_LINES,  // padded copies of rows of an image
+    SCRATCH_ZEROS,  // never written to: what lies outside of an image
+    SCRATCH_SLOTS
+};
 void* scratch(ScratchSlot slot, size_t bytes);
 
 void* allocate_pages(size_t bytes);  // zeroed, with huge pages where the system gives them; null when out of memory

@@ -3,11 +3,15 @@
 #pragma once
 
 #include "chain.h"
+#include "conv.h"
 #include "copy.h"
+#include "depthwise.h"
 #include "gather.h"
 #include "matmul.h"
+#include "pooling.h"
 #include "rows.h"
 #include "windows.h"
+#include "winograd.h"
 
 namespace trine {
 namespace TRINE_ISA {
@@ -47,6 +51,12 @@ static constexpr StepKernel STEPS[] = {
     TRINE_STEP(add_bytes, AddBytesArgs),
     TRINE_STEP(max_pool_bytes, BytePoolArgs),
     TRINE_STEP(mean_bytes, ByteMeanArgs),
+    TRINE_STEP(conv, ConvArgs),
+    TRINE_STEP(winograd2, ConvArgs),
+    TRINE_STEP(winograd4, ConvArgs),
+    TRINE_STEP(depthwise, ConvArgs),
+    TRINE_STEP(pool, PoolArgs),
+    TRINE_STEP(resize, ResizeArgs),
 };
 
 }  // namespace TRINE_ISA

@@ -58,6 +58,9 @@ INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
 INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vmax_or_nan(vf a, vf b) {  // NaN if either is
+    return _mm512_mask_mov_ps(_mm512_max_ps(b, a), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b);
+}
 INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf round_nearest(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vf scale_exponent(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n, n whole
@@ -124,6 +127,9 @@ INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
 INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf vmax_or_nan(vf a, vf b) {  // NaN if either is
+    return _mm256_blendv_ps(_mm256_max_ps(b, a), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
+}
 INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf round_nearest(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }

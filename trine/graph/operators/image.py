@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -30,40 +31,74 @@ def resize(
     nearest_mode: str = "round_prefer_floor",
 ) -> Tensor:
     """One axis after the other: each output is a weighted sum along the axis, the weights as a matrix."""
-    along = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes]
-    lengths = [x.shape[axis] for axis in along]
-    if sizes is not None and sizes.numel():
-        wanted, factors = _from_sizes(lengths, ints(sizes), keep_aspect_ratio_policy)
-    elif scales is not None and scales.numel():
-        factors = [float(scale) for scale in scales.double()]
-        wanted = [int(np.floor(np.float64(length) * factor)) for length, factor in zip(lengths, factors, strict=True)]
-    else:
-        raise ValueError("Resize needs scales or sizes")
-    window = [0.0] * len(along) + [1.0] * len(along) if roi is None or not roi.numel() else roi.tolist()
+    crop = coordinate_transformation_mode == "tf_crop_and_resize"
     y = x
     outside: list[tuple[int, Tensor]] = []
-    for i, axis in enumerate(along):
-        crop = coordinate_transformation_mode == "tf_crop_and_resize"
-        if wanted[i] == lengths[i] and factors[i] == 1 and not crop:
-            continue
-        span = (window[i], window[i + len(along)])
-        places = _source_places(coordinate_transformation_mode, lengths[i], wanted[i], factors[i], span)
+    for part in resize_axes(
+        tuple(x.shape), roi, scales, sizes, axes, coordinate_transformation_mode, keep_aspect_ratio_policy
+    ):
         if crop:
-            outside.append((axis, (places < 0) | (places > lengths[i] - 1)))
+            outside.append((part.axis, (part.places < 0) | (part.places > part.length - 1)))
         if mode == "nearest":
-            y = y.index_select(axis, _nearest(places, nearest_mode).clamp(0, lengths[i] - 1))
+            y = y.index_select(part.axis, part.nearest(nearest_mode))
         else:
-            weights = _weights(
-                places, lengths[i], factors[i], mode, cubic_coeff_a, bool(exclude_outside), bool(antialias)
-            )
-            moved = y.movedim(axis, -1)
-            y = torch.matmul(moved.to(torch.float64), weights.T).movedim(-1, axis)
+            weights = part.weights(mode, cubic_coeff_a, bool(exclude_outside), bool(antialias))
+            moved = y.movedim(part.axis, -1)
+            y = torch.matmul(moved.to(torch.float64), weights.T).movedim(-1, part.axis)
     y = _saturate(y, x.dtype)
     for axis, mask in outside:
         shape = [1] * x.dim()
         shape[axis] = -1
         y = torch.where(mask.reshape(shape), torch.tensor(extrapolation_value, dtype=y.dtype), y)
     return y
+
+
+@dataclass(frozen=True)
+class ResizedAxis:
+    """One axis of a Resize: where in the input, `length` long, each output element lies."""
+
+    axis: int
+    length: int
+    factor: float
+    places: Tensor
+
+    def nearest(self, mode: str) -> Tensor:
+        """The input element for each output element, int64."""
+        return _nearest(self.places, mode).clamp(0, self.length - 1)
+
+    def weights(self, mode: str, cubic_a: float, exclude_outside: bool, antialias: bool) -> Tensor:
+        """[outputs, length] in float64: what each input element gives to each output element."""
+        return _weights(self.places, self.length, self.factor, mode, cubic_a, exclude_outside, antialias)
+
+
+def resize_axes(
+    shape: tuple[int, ...],
+    roi: Tensor | None,
+    scales: Tensor | None,
+    sizes: Tensor | None,
+    axes: list[int] | None,
+    coordinates: str,
+    policy: str,
+) -> list[ResizedAxis]:
+    """The axes that a Resize of an input of this shape changes."""
+    along = list(range(len(shape))) if axes is None else [axis % len(shape) for axis in axes]
+    lengths = [shape[axis] for axis in along]
+    if sizes is not None and sizes.numel():
+        wanted, factors = _from_sizes(lengths, ints(sizes), policy)
+    elif scales is not None and scales.numel():
+        factors = [float(scale) for scale in scales.double()]
+        wanted = [int(np.floor(np.float64(length) * factor)) for length, factor in zip(lengths, factors, strict=True)]
+    else:
+        raise ValueError("Resize needs scales or sizes")
+    window = [0.0] * len(along) + [1.0] * len(along) if roi is None or not roi.numel() else roi.tolist()
+    result = []
+    for i, axis in enumerate(along):
+        if wanted[i] == lengths[i] and factors[i] == 1 and coordinates != "tf_crop_and_resize":
+            continue
+        span = (window[i], window[i + len(along)])
+        places = _source_places(coordinates, lengths[i], wanted[i], factors[i], span)
+        result.append(ResizedAxis(axis, lengths[i], factors[i], places))
+    return result
 
 
 def _saturate(y: Tensor, dtype: torch.dtype) -> Tensor:

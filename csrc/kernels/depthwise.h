@@ -1,0 +1,161 @@
+// Depthwise convolutions: each channel by itself, so vectors run along the channels. Along a row of the output up to
+// four pixels are summed together, so that each element of the input and of the weight is loaded once for them.
+#pragma once
+
+#include "conv_tile.h"
+#include "linear.h"
+
+namespace trine {
+namespace TRINE_ISA {
+
+constexpr int64_t DEPTHWISE_PIXELS = 4;
+
+// Where a task writes: whole rows of the output, channels [first, end).
+struct DepthwiseTask {
+    const ConvArgs& a;
+    bool clamp;
+    int64_t n, y, first, end;
+    int64_t top, ky_first, ky_end;  // rows of the kernel that meet the image
+
+    DepthwiseTask(const ConvArgs& a, int64_t line, int64_t first, int64_t end)
+        : a(a), clamp(is_clamp(a.activation)), n(line / a.out_height), y(line % a.out_height), first(first),
+          end(end) {
+        top = y * a.stride_h - a.pad_top;
+        ky_first = top < 0 ? ceil_div(-top, a.dilation_h) : 0;
+        ky_end = min(a.kernel_h, top < a.height ? ceil_div(a.height - top, a.dilation_h) : 0);
+    }
+
+    float* out(int64_t x) const { return a.out + n * a.out_image + y * a.out_row + x * a.out_pixel; }
+    const float* residual(int64_t x) const {
+        return a.residual ? a.residual + n * a.residual_image + y * a.residual_row + x * a.residual_pixel : nullptr;
+    }
+
+    // V vectors of one pixel's channels from c on; the last one has `count` - (V - 1) * W.
+    template <int V>
+    inline __attribute__((always_inline)) void pixel_channels(int64_t x, int64_t kx_first, int64_t kx_end, int64_t c, int64_t count) const {
+        const int64_t left = x * a.stride_w - a.pad_left;
+        const auto read = [&](const float* p, int v) {
+            return V > 1 || count >= W ? load(p + v * W) : load_first(p, count);
+        };
+        vf sum[V];
+        UNROLL
+        for (int v = 0; v < V; ++v) sum[v] = a.bias ? read(a.bias + c, v) : zero();
+        for (int64_t i = ky_first; i < ky_end; ++i) {
+            const float* row = a.x + n * a.x_image + (top + i * a.dilation_h) * a.x_row + left * a.x_pixel + c;
+            const float* weight = a.weight + i * a.kernel_w * a.groups + c;
+            for (int64_t j = kx_first; j < kx_end; ++j) UNROLL
+            for (int v = 0; v < V; ++v)
+                sum[v] = fma(read(row + j * a.dilation_w * a.x_pixel, v), read(weight + j * a.groups, v), sum[v]);
+        }
+        const float* added = residual(x);
+        UNROLL
+        for (int v = 0; v < V; ++v) {
+            if (added) sum[v] = add(sum[v], read(added + c, v));
+            store_upto(out(x) + c + v * W, clamp ? clamped(a.activation, sum[v]) : sum[v], V > 1 ? W : count);
+        }
+    }
+
+    // Any pixel, any kernel: channels [c, end).
+    void pixel(int64_t x, int64_t c) const {
+        const int64_t left = x * a.stride_w - a.pad_left;
+        const int64_t kx_first = left < 0 ? ceil_div(-left, a.dilation_w) : 0;
+        const int64_t kx_end = min(a.kernel_w, left < a.width ? ceil_div(a.width - left, a.dilation_w) : 0);
+        for (; c + 4 * W <= end; c += 4 * W) pixel_channels<4>(x, kx_first, kx_end, c, 4 * W);
+        for (; c < end; c += W) pixel_channels<1>(x, kx_first, kx_end, c, min<int64_t>(W, end - c));
+    }
+
+    // P pixels from x on, all inside the image, without dilation: whole vectors of channels.
+    template <int K, int S, int P>
+    inline __attribute__((always_inline)) void pixels(int64_t x) const {
+        constexpr int COLUMNS = (P - 1) * S + K;
+        const float* corner = a.x + n * a.x_image + top * a.x_row + (x * S - a.pad_left) * a.x_pixel;
+        const int64_t pixel = a.x_pixel, row = a.x_row * a.dilation_h;
+        float* to = out(x);
+        const float* added = residual(x);
+        for (int64_t c = first; c + W <= end; c += W) {
+            vf sum[P];
+            UNROLL
+            for (int p = 0; p < P; ++p) sum[p] = a.bias ? load(a.bias + c) : zero();
+            for (int64_t i = ky_first; i < ky_end; ++i) {
+                const float* from = corner + i * row + c;
+                const float* weight = a.weight + i * K * a.groups + c;
+                vf value[COLUMNS];
+                UNROLL
+                for (int j = 0; j < COLUMNS; ++j) value[j] = load(from + j * pixel);
+                UNROLL
+                for (int k = 0; k < K; ++k) {
+                    const vf w = load(weight + k * a.groups);
+                    UNROLL
+                    for (int p = 0; p < P; ++p) sum[p] = fma(value[p * S + k], w, sum[p]);
+                }
+            }
+            UNROLL
+            for (int p = 0; p < P; ++p) {
+                if (added) sum[p] = add(sum[p], load(added + p * a.residual_pixel + c));
+                store(to + p * a.out_pixel + c, clamp ? clamped(a.activation, sum[p]) : sum[p]);
+            }
+        }
+    }
+
+    template <int K, int S>
+    void row() const {
+        const int64_t inside = min(a.out_width, ceil_div(a.pad_left, S));
+        const int64_t last = a.width + a.pad_left - K;  // the largest left edge inside the image, from the padding's
+        const int64_t outside = max(inside, min(a.out_width, last < 0 ? 0 : last / S + 1));
+        for (int64_t x = 0; x < inside; ++x) pixel(x, first);
+        const Blocks blocks(outside - inside, DEPTHWISE_PIXELS);
+        for (int64_t b = 0; b < blocks.count; ++b) {
+            const int64_t x = inside + blocks.first(b), count = blocks.first(b + 1) - blocks.first(b);
+            if (count == 4) pixels<K, S, 4>(x);
+            if (count == 3) pixels<K, S, 3>(x);
+            if (count == 2) pixels<K, S, 2>(x);
+            if (count == 1) pixels<K, S, 1>(x);
+            const int64_t rest = first + (end - first) / W * W;
+            for (int64_t i = 0; i < count && rest < end; ++i) pixel(x + i, rest);
+        }
+        for (int64_t x = outside; x < a.out_width; ++x) pixel(x, first);
+    }
+
+    void run() const {
+        const bool plain = a.dilation_w == 1;
+        if (plain && a.kernel_w == 3 && a.stride_w == 1)
+            row<3, 1>();
+        else if (plain && a.kernel_w == 3 && a.stride_w == 2)
+            row<3, 2>();
+        else if (plain && a.kernel_w == 5 && a.stride_w == 1)
+            row<5, 1>();
+        else if (plain && a.kernel_w == 5 && a.stride_w == 2)
+            row<5, 2>();
+        else
+            for (int64_t x = 0; x < a.out_width; ++x) pixel(x, first);
+        if (!clamp && a.activation != NO_ACTIVATION)
+            for (int64_t x = 0; x < a.out_width; ++x) activate_row(a.activation, out(x) + first, end - first);
+    }
+};
+
+// body(line, first channel, end) for all rows of images and all channels: a few tasks a thread.
+template <class Body>
+INLINE void over_lines(int64_t lines, int64_t channels, int64_t work, const Body& body) {
+    const int64_t wanted = 8 * num_threads();
+    const int64_t lines_per_task = max<int64_t>(1, lines / wanted), line_tasks = ceil_div(lines, lines_per_task);
+    const int64_t cuts = max<int64_t>(1, min(channels / (4 * W), wanted / line_tasks));
+    const int64_t width = round_up(ceil_div(channels, cuts), 4 * W), channel_tasks = ceil_div(channels, width);
+    const auto task = [&](int64_t i) {
+        const int64_t first = i % channel_tasks * width, line = i / channel_tasks * lines_per_task;
+        for (int64_t l = line; l < min(lines, line + lines_per_task); ++l)
+            body(l, first, min(channels, first + width));
+    };
+    if (work < SERIAL_WORK / 4)
+        for (int64_t i = 0; i < line_tasks * channel_tasks; ++i) task(i);
+    else
+        parallel(line_tasks * channel_tasks, task);
+}
+
+static void depthwise(const ConvArgs& a) {
+    const int64_t lines = a.images * a.out_height;
+    over_lines(lines, a.groups, lines * a.out_width * a.groups * a.kernel_h * a.kernel_w,
+               [&](int64_t line, int64_t first, int64_t end) { DepthwiseTask(a, line, first, end).run(); });
+}
+
+}  // namespace TRINE_ISA
+}  // namespace trine
