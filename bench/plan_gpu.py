@@ -146,7 +146,7 @@ def plan(name: str, batch: int, precision: str, args: argparse.Namespace) -> tup
     program = runtime.program(list(given))
     if not isinstance(program, Captured):
         raise SystemExit(f"{name}: the plan could not be captured: {program.reason}")
-    program.run([x.cuda() for x in given])
+    runtime.run(given)
     return runtime, program.replay, program.outputs[0]
 
 
@@ -193,6 +193,9 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> list[dict[str, A
         runtimes[key], replays[key], outputs[key] = plan(name, batch, dtype, args)
         for mode in args.peer if dtype == args.dtype[0] and not args.skip_peers else []:
             key = f"{mode} {dtype}"
+            if MODES[mode] is not None and not (args.folder / f"cache_{name}_{batch}_{dtype}_{mode}.bin").exists():
+                print(f"{name} batch {batch}: {key} is not built: give --prepare more time")
+                continue
             try:
                 replays[key], outputs[key] = peer(name, batch, DTYPES[dtype], mode)
             except Exception as failure:
@@ -333,13 +336,18 @@ def main() -> int:
         return 0
     if args.prepare:
         prepare(args)
+    logging.basicConfig()
+    logging.getLogger("trine.graph.gpu").setLevel(logging.DEBUG)
     for file in args.folder.glob("cache_*.bin"):
         torch.compiler.load_cache_artifacts(file.read_bytes())
     rows: list[dict[str, Any]] = []
     for name in args.model:
         for batch in args.batch:
             started = time.monotonic()
-            rows += compare(name, batch, args)
+            try:
+                rows += compare(name, batch, args)
+            except Exception as failure:
+                print(f"FAILED: {name} batch {batch}: {str(failure)[:500]}")
             print(f"  ({name} {batch}: {time.monotonic() - started:.1f} s)")
             sys.stdout.flush()
             if args.json:

@@ -63,7 +63,7 @@ def to_fp8(graph: Graph, largest: Scales) -> Graph:
         scale = largest[x.name] / fp8.LARGEST
         if x not in rounded:
             rounded[x] = _rounded(graph, x, scale, node)
-        packed = fp8.pack_fp8(weight.data)
+        packed = fp8.pack_fp8(weight.data.contiguous())
         inputs = [
             rounded[x],
             constant(f"{weight.name}.fp8", packed.values, DType.FLOAT8E4M3FN),
