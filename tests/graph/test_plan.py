@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_subgraphs_and_attributes_of_every_kind_are_saved(tmp_path: Path) -> Non
     np.testing.assert_allclose(result, 3 + 3 * weights(2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "magic", "empty", "weights"])
+@pytest.mark.parametrize("damage", ["cut", "header", "digit", "magic", "empty", "weights"])
 def test_a_damaged_plan_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "m.plan"
     tg.build(network(), tune=False).save(path)
@@ -98,7 +99,9 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, damage: str) -> None:
     if damage == "cut":
         data = data[:100]
     elif damage == "header":
-        data[20:24] = b"\xff\xfe{{"
+        data[40:44] = b"\xff\xfe{{"
+    elif damage == "digit":  # still JSON, of another meaning
+        data[data.index(b'"nodes":') + 2] ^= 1
     elif damage == "magic":
         data[:4] = b"ONNX"
     elif damage == "empty":
@@ -116,10 +119,11 @@ def test_a_weight_offset_outside_the_file_is_refused(tmp_path: Path) -> None:
     tg.build(network(), tune=False).save(path)
     data = path.read_bytes()
     length = int.from_bytes(data[8:16], "little")
-    header = json.loads(data[16 : 16 + length])
+    header = json.loads(data[32 : 32 + length])
     header["weights"][0]["offset"] = 1 << 40
     text = json.dumps(header).encode()
-    path.write_bytes(data[:8] + len(text).to_bytes(8, "little") + text + data[16 + length :])
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    path.write_bytes(data[:8] + len(text).to_bytes(8, "little") + digest + text + data[32 + length :])
     with pytest.raises(tg.PlanError, match="damaged"):
         tg.load_plan(path)
 

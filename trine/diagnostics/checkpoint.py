@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trine.core.errors import TrineError
+from trine.core.machine import memory_bytes
 from trine.core.sizes import format_bytes
 from trine.diagnostics.findings import Finding, Severity
-from trine.diagnostics.machine import memory_bytes
 
 if TYPE_CHECKING:
     from trine.llm.config import ModelConfig

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import trine
+from trine.core.machine import memory_bytes
 from trine.core.sizes import format_bytes
 from trine.diagnostics.findings import Finding
 
@@ -105,19 +106,6 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Main memory in all and what can be taken now, within the control group's limit if there is one."""
-    facts = {
-        line.partition(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if len(line.split()) > 1
-    }
-    total, available = facts.get("MemTotal", 0), facts.get("MemAvailable", 0)
-    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit and used and limit[0].isdigit():
-        total = min(total, int(limit[0]))
-        available = min(available, total - int(used[0]))
-    return total, available
 
 
 def _memory() -> Iterator[Finding]:

@@ -216,9 +216,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         effects = [Effect(*parts) for parts in header["effects"]]
         profiles = from_description(header["profiles"])
         check_profiles(profiles, graph)
+        return Plan(graph, effects, choices, profiles=profiles, precision=header["precision"])
     except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         raise PlanError(f"{str(path)!r} is damaged: build the plan again") from None
-    return Plan(graph, effects, choices, profiles=profiles, precision=header.get("precision"))
 
 
 def build(

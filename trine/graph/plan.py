@@ -2,6 +2,7 @@
 
     8 bytes   TRINEPLN
     8 bytes   length of the header, little endian
+    16 bytes  BLAKE2b digest of the header
     header    {"version", "graph", "values", "weights": [{"dtype", "shape", "offset", "bytes"}, …],
                "tactics", "effects", "profiles"}
     weights   from the next multiple of 64 on; offsets count from there
@@ -12,6 +13,7 @@ attributes and origins. The file holds no code and no layout of one machine: ano
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -28,8 +30,9 @@ from trine.graph.errors import PlanError
 from trine.graph.ir import Graph, Node, Value
 
 MAGIC = b"TRINEPLN"
-VERSION = 2
+VERSION = 3
 _ALIGNMENT = 64
+_HEAD = 32
 _TENSORRT = (b"ftrt", b"ptrt")
 """How TensorRT's engines begin."""
 
@@ -44,11 +47,12 @@ def save(path: str | os.PathLike[str], graph: Graph, extra: Mapping[str, Any]) -
     header["values"] = writer.values
     header["weights"] = writer.layout
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    start = _aligned(16 + len(text))
+    start = _aligned(_HEAD + len(text))
     target = Path(path)
     with tempfile.NamedTemporaryFile(dir=target.parent or Path(), delete=False) as file:
         try:
-            file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+            os.fchmod(file.fileno(), 0o644)  # a server may run as another user
+            file.write(MAGIC + len(text).to_bytes(8, "little") + _digest(text) + text)
             for tensor, described in zip(writer.tensors, writer.layout, strict=True):
                 file.seek(start + described["offset"])
                 file.write(tensor.data)
@@ -64,7 +68,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Graph, dict[str, Any]]:
     name = repr(str(path))
     try:
         with open(path, "rb") as file:
-            magic, length = file.read(8), int.from_bytes(file.read(8), "little")
+            magic, length, digest = file.read(8), int.from_bytes(file.read(8), "little"), file.read(16)
             size = os.fstat(file.fileno()).st_size
             if magic[:4] in _TENSORRT:
                 raise PlanError(
@@ -75,7 +79,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Graph, dict[str, Any]]:
                 raise PlanError(f"{name} is not a Trine plan: make one with `trine build model.onnx -o model.plan`")
             if length > size:
                 raise PlanError(f"{name} is cut off: build the plan again")
-            header = json.loads(file.read(length))
+            text = file.read(length)
+            header = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise PlanError(f"{name} is damaged: build the plan again") from None
     except OSError as error:
@@ -84,13 +89,19 @@ def load(path: str | os.PathLike[str]) -> tuple[Graph, dict[str, Any]]:
         raise PlanError(
             f"{name} is of plan version {header.get('version')}, not {VERSION}: build it again with this Trine"
         )
+    if digest != _digest(text):
+        raise PlanError(f"{name} is damaged: build the plan again")
     try:
-        reader = _Reader(header, _map(path, _aligned(16 + length), size))
+        reader = _Reader(header, _map(path, _aligned(_HEAD + length), size))
         graph = reader.graph(header["graph"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
         raise PlanError(f"{name} is damaged: build the plan again") from None
     graph.verify()
     return graph, header
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def _aligned(offset: int) -> int:

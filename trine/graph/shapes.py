@@ -6,7 +6,6 @@ Small integer vectors are followed through the arithmetic that models do on shap
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,10 @@ import torch
 from trine.graph.dims import add, floor_divide, multiply, subtract
 from trine.graph.errors import UnsupportedOperatorError
 from trine.graph.ir import Dim, Graph, Node, Value
-from trine.graph.shape_rules import RULES, Context, Facts
+from trine.graph.operators.room import bytes_of, largest
+from trine.graph.shape_rules import RULES, Context, Facts, refuse
 
 _LONGEST_VECTOR = 64
-LARGEST = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-"""Bytes that one value may take."""
 
 
 class Inference(Context):
@@ -52,18 +50,26 @@ class Inference(Context):
 
     def visit(self, node: Node) -> None:
         """Set dtype and shape of the node's outputs, as far as they follow from its inputs."""
-        rule = RULES.get(node.op)
-        facts: Facts = [] if rule is None else rule(node, self)
+        facts = self._facts(node)
         for value, (dtype, shape) in zip(node.outputs, facts, strict=False):
             value.dtype = dtype if dtype is not None else value.dtype
             value.shape = shape if shape is not None else value.shape
-            if (value.nbytes or 0) > LARGEST:
+            sizes, itemsize = value.static_shape, 1 if value.dtype is None else value.dtype.numpy.itemsize
+            if sizes is not None and bytes_of(sizes, itemsize) > largest():
                 raise UnsupportedOperatorError(
                     node.op,
                     node.name,
                     f"makes a tensor {list(value.shape or ())}, which is larger than this machine's memory",
                 )
         self._follow(node)
+
+    def _facts(self, node: Node) -> Facts:
+        rule = RULES.get(node.op)
+        try:
+            return [] if rule is None else rule(node, self)
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise refuse(node, f"has inputs and attributes that don't go together ({reason})") from error
 
     def _follow(self, node: Node) -> None:
         """The contents of a small integer vector that the node makes."""

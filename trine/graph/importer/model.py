@@ -19,10 +19,13 @@ from trine.graph.importer.versions import modernise
 from trine.graph.importer.weights import decode_tensor
 from trine.graph.ir import Dim, Graph, Node, Value, constant
 from trine.graph.operators import check
+from trine.graph.operators.room import bytes_of, largest
 from trine.graph.shapes import Inference
 
 NEWEST_OPSET = 25
 _STANDARD = ("", "ai.onnx")
+_MOST_INLINED = 100_000
+"""Nodes and calls that functions may stand for: a few that call each other twice each are billions."""
 _GRADIENT = ("ai.onnx.preview.training", "Gradient")
 
 
@@ -100,6 +103,7 @@ class _Importer:
         self.inference = Inference()
         self.taken: dict[str, int] = {}
         self.symbols = 0
+        self.inlined = 0
         self.tensor_types: dict[int, DType] = {}  # of attributes' tensors, since torch has no int4
 
     def run(self) -> Graph:
@@ -172,6 +176,8 @@ class _Importer:
         return self.unique(f"{name}.{self.taken[name]}")
 
     def define(self, scope: _Scope, name: str, value: Value) -> None:
+        if not isinstance(name, str):
+            raise ModelFormatError(f"the name {name!r} is no text: the file is damaged; export the model again")
         if name in scope.values:
             raise ModelFormatError(f"the name {name!r} is defined twice: the model is not in single-assignment form")
         value.name = self.unique(scope.prefix + name)
@@ -186,6 +192,8 @@ class _Importer:
         values, dtype = decode_tensor(proto.values, self.folder)
         places, _ = decode_tensor(proto.indices, self.folder)
         shape = list(proto.dims)
+        if any(size < 0 for size in shape) or bytes_of(shape, dtype.numpy.itemsize) > largest():
+            raise ModelFormatError(f"sparse tensor {proto.values.name!r} of shape {shape} does not fit this machine")
         dense = torch.zeros(shape, dtype=dtype.torch)
         index = (places,) if places.dim() == 1 and len(shape) > 1 else tuple(places.reshape(len(values), -1).T)
         try:
@@ -193,11 +201,13 @@ class _Importer:
                 dense.reshape(-1)[index[0]] = values
             else:
                 dense[index] = values
-        except (IndexError, RuntimeError):
+        except (IndexError, RuntimeError, ValueError):
             raise ModelFormatError(f"sparse tensor {proto.values.name!r} has indices outside {shape}") from None
         return dense, dtype
 
     def node(self, proto: Any, scope: _Scope) -> None:
+        if not all(isinstance(text, str) for text in (proto.name, proto.op_type, proto.domain)):
+            raise ModelFormatError(f"node {proto.name!r} has names that are no text: the file is damaged")
         name = scope.prefix + (proto.name or f"{proto.op_type}_{len(scope.nodes)}")
         function = self.functions.get((proto.domain, proto.op_type))
         attributes = self.attributes(proto, scope, name)
@@ -226,8 +236,14 @@ class _Importer:
 
         count = max((i + 1 for i, key in enumerate(proto.output) if key), default=0)
         raw = RawNode(proto.op_type, name, version, inputs, attributes, count, emit)
-        modernise(raw)
-        check(raw.op, name, len(raw.inputs), raw.attributes)
+        try:
+            modernise(raw)
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnsupportedOperatorError(
+                raw.op, name, f"has inputs and attributes that don't go together ({reason})"
+            ) from error
+        check(raw.op, name, raw.inputs, raw.attributes)
         outputs = [Value("") for _ in range(count)]
         for key, value in zip(proto.output, outputs, strict=False):
             if key:
@@ -298,6 +314,11 @@ class _Importer:
         inner.values.update((missing, None) for missing in function.input[len(inputs) :])
         if len(inner.prefix) > 2000:
             raise RecursionError
+        self.inlined += 1 + len(function.node)
+        if self.inlined > _MOST_INLINED:
+            raise ModelFormatError(
+                f"functions that call functions make the model larger than {_MOST_INLINED} nodes: inline them first"
+            )
         for node in function.node:
             self.node(node, inner)
         for outer, key in zip(proto.output, function.output, strict=False):

@@ -12,6 +12,7 @@ import torch
 
 from trine.graph.dtypes import DType, from_onnx
 from trine.graph.errors import ModelFormatError
+from trine.graph.operators.room import bytes_of, largest
 
 _TYPED_FIELDS = {
     DType.FLOAT32: "float_data",
@@ -33,6 +34,8 @@ def decode_tensor(proto: Any, folder: Path | None) -> tuple[Any, DType]:
     shape = tuple(proto.dims)
     if any(dim < 0 for dim in shape):
         raise ModelFormatError(f"tensor {name!r} has a negative dimension: {list(shape)}")
+    if bytes_of(shape, dtype.numpy.itemsize) > largest():
+        raise ModelFormatError(f"tensor {name!r} of {dtype} {list(shape)} is larger than this machine's memory")
     count = prod(shape)
     if dtype is DType.STRING:
         if len(proto.string_data) != count:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trine.graph.dtypes import from_onnx
 from trine.graph.operators.registry import operator
+from trine.graph.operators.room import room_for
 from trine.graph.operators.structure import ints
 
 Body = Callable[..., tuple[Any, ...]]
@@ -297,6 +298,7 @@ def random(
 ) -> Tensor:
     """Uniform in [low, high), or normal; the same seed gives the same numbers."""
     kind = from_onnx(dtype)
+    room_for(shape)
     generator = _generator(seed)
     if normal:
         y = torch.randn(shape, generator=generator) * scale + mean

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trine.graph.operators.algebra import activate
 from trine.graph.operators.registry import operator
+from trine.graph.operators.room import room_for
 
 
 def window_pads(
@@ -269,6 +270,7 @@ def col2im(
     channels = x.shape[1] // int(np.prod(block))
     padded = [image[i] + pads[i] + pads[i + rank] for i in range(rank)]
     counts = [(padded[i] - dilations[i] * (block[i] - 1) - 1) // strides[i] + 1 for i in range(rank)]
+    room_for([x.shape[0], channels, *padded], x.dtype)
     blocks = x.reshape(x.shape[0], channels, *block, *counts)
     y = torch.zeros(x.shape[0], channels, *padded, dtype=x.dtype)
     for place in product(*(range(size) for size in block)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trine.graph.operators.registry import operator
+from trine.graph.operators.room import room_for
 from trine.graph.operators.structure import ints
 
 
@@ -90,6 +91,8 @@ def resize_axes(
         wanted = [int(np.floor(np.float64(length) * factor)) for length, factor in zip(lengths, factors, strict=True)]
     else:
         raise ValueError("Resize needs scales or sizes")
+    final = dict(zip(along, wanted, strict=True))
+    room_for([final.get(axis, size) for axis, size in enumerate(shape)])
     window = [0.0] * len(along) + [1.0] * len(along) if roi is None or not roi.numel() else roi.tolist()
     result = []
     for i, axis in enumerate(along):
@@ -253,6 +256,7 @@ def _cubic_corners(places: Tensor) -> list[tuple[Tensor, Tensor]]:
 def affine_grid(theta: Tensor, size: Tensor, *, align_corners: int = 0) -> Tensor:
     """theta [N, rank, rank + 1] applied to the coordinates of an image of `size` [N, C, …]."""
     spatial = ints(size)[2:]
+    room_for([*spatial, len(spatial) + 1], torch.float64)
     axes = []
     for length in spatial:
         if align_corners:

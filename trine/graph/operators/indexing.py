@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trine.graph.operators.elementwise import add, maximum, minimum, mul
 from trine.graph.operators.registry import operator
+from trine.graph.operators.room import room_for
 from trine.graph.operators.structure import ints
 
 
@@ -101,6 +102,7 @@ def tensor_scatter(
 def one_hot(indices: Tensor, depth: Tensor, values: Tensor, *, axis: int = -1) -> Tensor:
     """values = [off, on]; an index outside [-depth, depth) gives a row of `off`."""
     count = int(depth.reshape(-1)[0])
+    room_for([*indices.shape, count], values.dtype)
     whole = indices.long()
     whole = torch.where(whole < 0, whole + count, whole)
     place = axis % (indices.dim() + 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trine.graph.operators.convolution import pad_spatial, window_pads
 from trine.graph.operators.registry import operator
+from trine.graph.operators.room import room_for
 from trine.graph.operators.structure import ints
 
 
@@ -198,6 +199,7 @@ def max_unpool(
     rank = len(kernel_shape)
     strides, pads = strides or [1] * rank, pads or [0] * 2 * rank
     sizes = [(x.shape[2 + i] - 1) * strides[i] + kernel_shape[i] - pads[i] - pads[rank + i] for i in range(rank)]
+    room_for([*x.shape[:2], *sizes], x.dtype)
     flat = torch.zeros(x.shape[0] * x.shape[1] * int(torch.tensor(sizes).prod()), dtype=x.dtype)
     flat[places.reshape(-1)] = x.reshape(-1)
     y = flat.reshape(*x.shape[:2], *sizes)

@@ -9,7 +9,7 @@ arrives as a function of its inputs. Tensors are torch's, on a CPU; strings NumP
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -87,7 +87,7 @@ def find(op: str, node: str) -> Operator:
         raise UnsupportedOperatorError(op, node, "is not supported: replace it in the model") from None
 
 
-def check(op: str, node: str, inputs: int, attributes: dict[str, Any]) -> Operator:
+def check(op: str, node: str, inputs: Sequence[object], attributes: dict[str, Any]) -> Operator:
     """That `op` exists and takes these many inputs and these attributes; UnsupportedOperatorError otherwise."""
     found = find(op, node)
     unknown = sorted(set(attributes) - set(found.attributes))
@@ -100,7 +100,10 @@ def check(op: str, node: str, inputs: int, attributes: dict[str, Any]) -> Operat
     missing = sorted(found.required - set(attributes))
     if missing:
         raise UnsupportedOperatorError(op, node, f"needs the attribute {missing[0]!r}")
-    if inputs < found.minimum or (found.maximum is not None and inputs > found.maximum):
+    count = len(inputs)
+    if count < found.minimum or (found.maximum is not None and count > found.maximum):
         most = "any number" if found.maximum is None else found.maximum
-        raise UnsupportedOperatorError(op, node, f"has {inputs} inputs, it takes {found.minimum} to {most}")
+        raise UnsupportedOperatorError(op, node, f"has {count} inputs, it takes {found.minimum} to {most}")
+    if None in inputs[: found.minimum]:
+        raise UnsupportedOperatorError(op, node, f"needs its input {list(inputs).index(None)}")
     return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trine.graph.dtypes import from_onnx
 from trine.graph.operators.registry import operator
+from trine.graph.operators.room import room_for
 
 
 @operator("DFT")
@@ -62,6 +63,7 @@ def stft(
 
 def _window(size: Tensor, periodic: int, output_datatype: int, terms: tuple[float, ...]) -> Tensor:
     count = int(size)
+    room_for([count], torch.float64)
     kind = from_onnx(output_datatype)
     if kind is None:
         raise TypeError(f"a window of ONNX type {output_datatype} is not supported")

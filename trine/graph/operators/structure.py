@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trine.graph.dtypes import from_onnx
 from trine.graph.operators.registry import operator
+from trine.graph.operators.room import room_for
 
 
 def ints(x: Tensor) -> list[int]:
@@ -131,12 +132,16 @@ def slice_(x: Any, starts: Tensor, ends: Tensor, axes: Tensor | None = None, ste
 @operator("Expand")
 def expand(x: Tensor, shape: Tensor) -> Tensor:
     """Both ways: a 1 in `shape` keeps the tensor's own dimension."""
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape))))
+    wanted = torch.broadcast_shapes(x.shape, tuple(ints(shape)))
+    room_for(wanted, x.dtype)
+    return x.expand(wanted)
 
 
 @operator("Tile")
 def tile(x: Any, repeats: Tensor) -> Any:
-    return np.tile(x, ints(repeats)) if isinstance(x, np.ndarray) else x.repeat(ints(repeats))
+    times = ints(repeats)
+    room_for([size * count for size, count in zip(x.shape, times, strict=True)])
+    return np.tile(x, times) if isinstance(x, np.ndarray) else x.repeat(times)
 
 
 @operator("Pad")
@@ -148,6 +153,7 @@ def pad(
     along = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in ints(axes)]
     before = dict(zip(along, amounts[: len(along)], strict=True))
     after = dict(zip(along, amounts[len(along) :], strict=True))
+    room_for([x.shape[axis] + max(before.get(axis, 0), 0) + max(after.get(axis, 0), 0) for axis in range(x.dim())])
     for axis in along:  # cuts first
         start, stop = max(-before[axis], 0), x.shape[axis] - max(-after[axis], 0)
         x = x.narrow(axis, min(start, x.shape[axis]), max(stop - start, 0))
@@ -180,6 +186,7 @@ def _padding_indices(length: int, before: int, after: int, mode: str) -> Tensor:
 
 @operator("ConstantOfShape")
 def constant_of_shape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
+    room_for(ints(shape), torch.float32 if value is None else value.dtype)
     if value is None:
         return torch.zeros(ints(shape))
     return value.reshape(()).expand(ints(shape)).clone()
@@ -189,6 +196,7 @@ def constant_of_shape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
 def range_(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     first, last, step = start.item(), limit.item(), delta.item()
     count = max(int(np.ceil((last - first) / step)), 0)
+    room_for([count], torch.float64)
     if start.dtype.is_floating_point:
         return (first + torch.arange(count, dtype=torch.float64) * step).to(start.dtype)
     return (first + torch.arange(count, dtype=torch.int64) * step).to(start.dtype)
@@ -231,6 +239,7 @@ def center_crop_pad(x: Tensor, shape: Tensor, *, axes: list[int] | None = None) 
     """Cut, or padded with zeros, around the middle to `shape` along `axes`; an odd rest goes to the end."""
     along = range(x.dim()) if axes is None else [axis % x.dim() for axis in axes]
     for axis, wanted in zip(along, ints(shape), strict=True):
+        room_for([*x.shape[:axis], wanted, *x.shape[axis + 1 :]], x.dtype)
         length = x.shape[axis]
         if wanted <= length:
             x = x.narrow(axis, (length - wanted) // 2, wanted)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from trine.graph.errors import VerificationError
 from trine.graph.ir import Graph
 from trine.graph.passes.attention import fuse_attention
 from trine.graph.passes.batch_norm import fold_batch_norm
@@ -75,7 +76,11 @@ def optimise(graph: Graph, passes: Sequence[Pass] = PASSES) -> list[Effect]:
     for run in passes:
         before = Counter(node.op for node in graph.walk())
         snapshot = Snapshot.of(graph)
-        run(graph)
+        try:
+            run(graph)
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise VerificationError(f"pass {run.__name__} can't work on this model: {reason}") from error
         graph.verify()
         trace_origins(snapshot, graph)
         after = Counter(node.op for node in graph.walk())

@@ -120,7 +120,10 @@ def _weight(value: Value) -> tuple[torch.Tensor, torch.Tensor] | None:
     data = source.data.to(torch.int32)
     spread = [1] * data.dim()
     if scale.data.numel() > 1:
-        spread[node.attributes.get("axis", 1) % data.dim()] = -1
+        axis = node.attributes.get("axis", 1) % data.dim()
+        if scale.data.numel() != data.shape[axis]:
+            return None
+        spread[axis] = -1
     if zero is not None:
         if not zero.is_constant:
             return None

@@ -7,6 +7,6 @@ mistake is named when a model is built, not when it runs.
 from __future__ import annotations
 
 from trine.graph.shape_rules import compute, control, elementwise, layout, quantized
-from trine.graph.shape_rules.common import RULES, Context, Facts
+from trine.graph.shape_rules.common import RULES, Context, Facts, refuse
 
-__all__ = ["RULES", "Context", "Facts", "compute", "control", "elementwise", "layout", "quantized"]
+__all__ = ["RULES", "Context", "Facts", "compute", "control", "elementwise", "layout", "quantized", "refuse"]

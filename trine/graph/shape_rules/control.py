@@ -26,12 +26,30 @@ def _loop(node: Node, context: Context) -> Facts:
     carried = len(node.inputs) - 2
     if len(body.inputs) != carried + 2 or len(body.outputs) < max(carried + 1, len(node.outputs) + 1):
         raise refuse(node, f"carries {carried} values, but its body has {len(body.inputs)} inputs")
+    _check_end(node, body)
     facts: Facts = [(value.dtype, None) for value in body.outputs[1 : 1 + carried]]
     for value in body.outputs[1 + carried :]:
         facts.append(
             (value.dtype, None if value.shape is None else (unknown(), *(_scoped(dim) for dim in value.shape)))
         )
     return facts
+
+
+_MOST_ROUNDS = 1_000_000
+
+
+def _check_end(node: Node, body: Graph) -> None:
+    """A loop whose condition is always true ends by its count: one that says none, or a huge one, is a mistake."""
+    trips, first, last = node.input(0), node.input(1), body.outputs[0]
+    while last.producer is not None and last.producer.op == "Identity" and last.producer.inputs[0] is not None:
+        last = last.producer.inputs[0]
+    condition = first if last is body.inputs[1] else last
+    if condition is not None and not (condition.is_constant and bool(condition.data.any())):
+        return
+    count = None if trips is None else int(trips.data) if trips.is_constant else 0
+    if count is None or count > _MOST_ROUNDS:
+        times = "forever" if count is None else f"{count} times"
+        raise refuse(node, f"would run {times}: its condition is always true")
 
 
 @rule("Scan")

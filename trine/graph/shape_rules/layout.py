@@ -7,6 +7,9 @@ from trine.graph.dtypes import DType, from_onnx
 from trine.graph.ir import Dim, Node, Shape
 from trine.graph.shape_rules.common import Context, Facts, axis_of, first, present, refuse, rule, same_types
 
+_MOST_DIMENSIONS = 64
+"""More than any tensor library has."""
+
 
 @rule("Shape")
 def _shape(node: Node, context: Context) -> Facts:
@@ -30,6 +33,8 @@ def _reshape(node: Node, context: Context) -> Facts:
         return [(x.dtype, _reshaped(node, x.shape, wanted, bool(node.attributes.get("allowzero", 0))))]
     target = node.input(1)
     length = None if target is None or target.static_shape is None else target.static_shape
+    if length and length[0] > _MOST_DIMENSIONS:
+        raise refuse(node, f"would make a tensor of {length[0]} dimensions")
     return [(x.dtype, tuple(unknown() for _ in range(length[0])) if length else None)]
 
 
@@ -133,6 +138,8 @@ def _split(node: Node, context: Context) -> Facts:
     sizes = context.elements(node.input(1))
     if sizes is None and node.input(1) is None and isinstance(length, int):
         pieces = node.attributes.get("num_outputs", count)
+        if not count <= pieces <= max(length, count):
+            raise refuse(node, f"splits {length} elements into {pieces} pieces")
         part = -(-length // pieces)
         sizes = tuple(max(min(part, length - i * part), 0) for i in range(pieces))
     if sizes is not None and isinstance(length, int) and all(isinstance(s, int) for s in sizes):
