@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -202,7 +203,7 @@ def _change_weight(rng: random.Random, weight: TensorProto) -> None:
         weight.raw_data = bytes(rng.randrange(256) for _ in range(rng.choice([0, 1, 3, 8, 400])))
     elif kind == 3:
         weight.name = rng.choice(["x", "y", "", "nobody"])
-    elif weight.data_type == TensorProto.INT64 and weight.raw_data:
+    elif weight.data_type == TensorProto.INT64 and len(weight.raw_data) == 8 * math.prod(weight.dims) > 0:
         array = numpy_helper.to_array(weight).copy()
         array.reshape(-1)[rng.randrange(array.size)] = rng.choice(EXTREMES)
         weight.CopyFrom(numpy_helper.from_array(array, weight.name))
