@@ -66,13 +66,17 @@ def input_shapes(graph: Graph, given: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def narrow_masks(graph: Graph) -> Graph:
-    """A mask of attention that is a condition and-ed with a constant that is true everywhere is the condition.
+    """A mask of zeros is none. One that is a condition and-ed with a constant that is true everywhere is the condition.
 
     Exporters widen a row of padding flags to [B, 1, S, S] that way; attention spreads the row itself.
     """
     users = graph.users()
     for attention in graph.nodes:
         mask = attention.input(3)
+        if attention.op == "ScaledDotProductAttention" and mask is not None and mask.is_constant:
+            if not mask.data.any():
+                attention.inputs = attention.inputs[:3]
+            continue
         where = None if mask is None else mask.producer
         if attention.op != "ScaledDotProductAttention" or where is None or where.op != "Where":
             continue

@@ -94,6 +94,7 @@ class Captured:
     """A function of tensors of fixed shapes as a CUDA graph. Runs one at a time, from any thread."""
 
     def __init__(self, function: Any, inputs: Sequence[Tensor]) -> None:
+        self.function = function  # what it holds (weights) must live as long as the graph, which only knows addresses
         self.inputs = [_like(x) for x in inputs]
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)

@@ -48,6 +48,12 @@ def _given(x: Tensor | None) -> Tensor:
 # ---------------------------------------------------------------- linear layers
 
 
+def _activation(node: Node, target: Target) -> str:
+    """The activation; GELU by tanh where the type is too narrow to tell: they differ by less than 1e-3."""
+    name: str = node.attributes["activation"]
+    return "gelu_fast" if name in ("gelu", "gelu_tanh") and target.dtype is not torch.float32 else name
+
+
 @options_for("Linear")
 def torch_linear(node: Node, target: Target) -> Options:
     """cuBLAS, with the bias in its epilogue, and the activation too where it knows it."""
@@ -113,7 +119,7 @@ def triton_linear(node: Node, target: Target) -> Options:
         from trine.graph.gpu.kernels.convolution import linear
 
         weight = target.constant(node.inputs[1], "rows", Tensor.contiguous)  # type: ignore[arg-type]
-        bias, activation, chosen = target.optional(node.input(2)), node.attributes["activation"], tile(text)
+        bias, activation, chosen = target.optional(node.input(2)), _activation(node, target), tile(text)
 
         def run(x: Tensor, w: Any = None, b: Any = None, residual: Tensor | None = None) -> Tensor:
             residual = None if residual is None else residual.contiguous()
@@ -123,6 +129,30 @@ def triton_linear(node: Node, target: Target) -> Options:
 
     for text in _tiles(rows):
         yield f"triton_{text}", partial(make, text)
+
+
+@options_for("Linear")
+def hopper_linear(node: Node, target: Target) -> Options:
+    """Our product for many rows by the copy engine and warps with roles."""
+    weight, activation = node.inputs[1], node.attributes["activation"]
+    if weight is None or not _is_hopper(target) or node.input(3) is not None or not constant_inputs(node, 1, 2):
+        return
+    (outputs, inputs), rows = _shape(weight), prod(_shape(node.inputs[0])[:-1])
+    if rows < 512 or target.dtype is torch.float32:
+        return
+    from trine.graph.gpu.kernels.hopper_linear import TILES, hopper_linear, supports
+
+    def make(sizes: tuple[int, int]) -> Kernel:
+        matrix, bias = target.constant(weight, "rows", Tensor.contiguous), target.optional(node.input(2))
+        return lambda x, w=None, b=None: hopper_linear(x.contiguous(), matrix, bias, activation, sizes)
+
+    if supports(inputs, outputs, 2, activation):
+        for sizes in TILES:
+            yield f"hopper_{sizes[0]}x{sizes[1]}", partial(make, sizes)
+
+
+def _is_hopper(target: Target) -> bool:
+    return target.cuda and torch.cuda.get_device_capability(target.device)[0] == 9
 
 
 @options_for("Fp8Linear")
@@ -163,12 +193,27 @@ def fp8_linear(node: Node, target: Target) -> Options:
 
         def run(x: Tensor, w: Any = None, s: Any = None, b: Any = None, residual: Tensor | None = None) -> Tensor:
             return linear(
-                x.contiguous(), weight, bias, residual, a["activation"], chosen,
+                x.contiguous(), weight, bias, residual, _activation(node, target), chosen,
                 scales, a["scale"], out_scale, target.dtype,
             )  # fmt: skip
 
         return run
 
+    def make_hopper(sizes: tuple[int, int]) -> Kernel:
+        from trine.graph.gpu.kernels.hopper_linear import hopper_linear
+
+        weight, scales, bias = constants()
+        scaled = scales * a["scale"]
+        return lambda x, w=None, s=None, b=None, residual=None: hopper_linear(
+            x.contiguous(), weight, bias, a["activation"], sizes, scaled, out_scale, target.dtype
+        )
+
+    if _is_hopper(target) and rows >= 512 and node.input(4) is None:
+        from trine.graph.gpu.kernels.hopper_linear import TILES, supports
+
+        if supports(inputs, outputs, 1, a["activation"]):
+            for sizes in TILES:
+                yield f"hopper_{sizes[0]}x{sizes[1]}", partial(make_hopper, sizes)
     for text in ("128x128x128w8s3", "128x256x128w8s3", "64x128x128w4s4", "128x64x128w4s4", "64x64x128w4s4"):
         yield f"triton_{text}", partial(make, text)
     if target.cuda and target.dtype is torch.bfloat16:
@@ -274,6 +319,32 @@ def rows_convolution(node: Node, target: Target) -> Options:
         return run
 
     yield "cublas_rows", make
+
+
+@options_for("FusedConv")
+def patches_convolution(node: Node, target: Target) -> Options:
+    """A kernel that steps by its own size sees each pixel once: patches copied to rows, and one product."""
+    a, weight = node.attributes, node.inputs[1]
+    if weight is None or not constant_inputs(node, 1, 2) or a["group"] != 1 or node.input(3) is not None:
+        return
+    (down, across), channels = _size(weight), _shape(weight)[1]
+    n, (rows, columns) = _shape(node.output)[0], _size(node.output)
+    if down * across == 1 or a["strides"] != [down, across] or any(a["pads"]) or a["dilations"] != [1, 1]:
+        return
+
+    def make() -> Kernel:
+        matrix = target.constant(weight, "taps", lambda w: w.permute(0, 2, 3, 1).flatten(1).contiguous())
+        bias, activation = target.optional(node.input(2)), a["activation"]
+
+        def run(x: Tensor, w: Any = None, b: Any = None) -> Tensor:
+            x = image(x).permute(0, 2, 3, 1)[:, : rows * down, : columns * across]
+            x = x.reshape(n, rows, down, columns, across, channels).transpose(2, 3)
+            y = F.linear(x.reshape(n * rows * columns, down * across * channels), matrix, bias)
+            return finish(y, None, activation).view(n, rows, columns, -1).permute(0, 3, 1, 2)
+
+        return run
+
+    yield "patches", make
 
 
 _CONV_TILES = (
@@ -471,14 +542,14 @@ def add_layer_norm(node: Node, target: Target) -> Options:
     epsilon, out_scale = node.attributes["epsilon"], node.attributes.get("out_scale", 0.0)
     wanted = (bool(node.outputs[0].name), bool(node.outputs[1].name), bool(out_scale))
 
-    def make() -> Kernel:
+    def make(warps: int) -> Kernel:
         from trine.graph.gpu.kernels.norm import add_layer_norm
 
         weight, bias = target.constant(node.inputs[2]), target.optional(node.input(3))  # type: ignore[arg-type]
 
         def run(x: Tensor, residual: Tensor | None = None, *rest: Any) -> tuple[Tensor | None, ...]:
             residual = None if residual is None else residual.contiguous()
-            return add_layer_norm(x.contiguous(), residual, weight, bias, epsilon, wanted, out_scale)
+            return add_layer_norm(x.contiguous(), residual, weight, bias, epsilon, wanted, out_scale, warps)
 
         return run
 
@@ -491,7 +562,9 @@ def add_layer_norm(node: Node, target: Target) -> Options:
 
         return run
 
+    size = _shape(node.inputs[0])[-1]
     if target.triton:
-        yield "triton", make
+        for warps in sorted({min(max(size // each, 1), 16) for each in (512, 256, 128, 1024)}):
+            yield f"triton_w{warps}", partial(make, warps)
     if not out_scale:
         yield "torch", make_torch

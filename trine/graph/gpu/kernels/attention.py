@@ -34,6 +34,7 @@ def _heads_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, y_ptr, length, key_length, scale, inverse_scale,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, mask_batch, mask_head, mask_row, mask_column,
     heads: tl.constexpr, size: tl.constexpr, size_block: tl.constexpr, has_mask: tl.constexpr,
+    mask_rows: tl.constexpr,
     has_rounded: tl.constexpr, query_block: tl.constexpr, key_block: tl.constexpr, num_stages: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
@@ -63,16 +64,14 @@ def _heads_attention_kernel(
         )
         scores = tl.dot(q, k) * scale
         if has_mask:
-            mask = tl.load(
-                mask_ptr
-                + batch * mask_batch
-                + head * mask_head
-                + rows[:, None] * mask_row
-                + keys[None, :] * mask_column,
-                mask=(rows < length)[:, None] & present[None, :],
-                other=0.0,
-            )
-            scores += mask.to(tl.float32) * 1.4426950408889634
+            at_keys = mask_ptr + batch * mask_batch + head * mask_head + keys * mask_column
+            if mask_rows:
+                seen = (rows < length)[:, None] & present[None, :]
+                mask = tl.load(at_keys[None, :] + rows[:, None] * mask_row, mask=seen, other=0.0)
+                scores += mask.to(tl.float32) * 1.4426950408889634
+            else:
+                mask = tl.load(at_keys, mask=present, other=0.0)
+                scores += (mask.to(tl.float32) * 1.4426950408889634)[None, :]
         scores = tl.where(present[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -119,6 +118,7 @@ def heads_attention(
             q, k, v, mask, y, length, key_length, scale * LOG2_E, 1.0 / out_scale if out_scale else 0.0,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *strides,
             heads=heads, size=size, size_block=max(triton.next_power_of_2(size), 16), has_mask=mask is not None,
+            mask_rows=bool(strides[2]),
             has_rounded=bool(out_scale), query_block=tuning.queries, key_block=tuning.keys,
             num_stages=tuning.num_stages, num_warps=tuning.num_warps, **early_launch(q.device),
         )  # fmt: skip

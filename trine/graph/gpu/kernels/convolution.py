@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trine.graph.gpu.kernels.epilogue import ACTIVATIONS, activate, rounded
+from trine.graph.gpu.kernels.epilogue import activate, place, rounded
 from trine.kernels import fp8
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 
@@ -160,7 +160,7 @@ def _launch(
         *window.kernel, *window.strides, *window.pads, *window.dilations,
         plain=plain, flat=flat, even=channels % tile.inner == 0, spread=spread,
         has_scales=scales is not None, has_bias=bias is not None, has_residual=residual is not None,
-        has_rounded=bool(out_scale), activation=ACTIVATIONS.index(activation),
+        has_rounded=bool(out_scale), activation=place(activation, x.is_cuda),
         row_block=tile.rows, column_block=tile.columns, inner_block=tile.inner, together=8,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **early_launch(x.device),
     )  # fmt: skip

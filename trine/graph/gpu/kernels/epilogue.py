@@ -5,8 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("", "relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish")
-"""Names of activations; kernels know them by their place."""
+ACTIVATIONS = ("", "relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "gelu_fast")
+"""Names of activations; kernels know them by their place. The last is GELU by the card's own tanh: it differs from the
+exact one by less than 1e-3, and costs a third of its instructions. On a CPU it is the exact one.
+"""
+
+
+def place(activation: str, on_gpu: bool) -> int:
+    """The activation's place, for a kernel on a GPU or in the interpreter."""
+    return ACTIVATIONS.index("gelu" if activation == "gelu_fast" and not on_gpu else activation)
 
 
 @triton.jit
@@ -26,6 +33,10 @@ def activate(x, activation: tl.constexpr):
         x = tl.sigmoid(x)
     elif activation == 7:
         x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    elif activation == 9:
+        inner = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], tl.float32, True, 1)
+        x = 0.5 * x + 0.5 * x * tanh
     elif activation == 8:
         x = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) / 6.0
     return x

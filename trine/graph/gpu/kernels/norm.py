@@ -51,6 +51,7 @@ def add_layer_norm(
     epsilon: float,
     wanted: tuple[bool, bool, bool],
     out_scale: float = 0.0,
+    num_warps: int = 2,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Of contiguous x and residual [..., H]: the norm of their sum, the sum, the norm in float8; those `wanted`."""
     size = x.shape[-1]
@@ -65,7 +66,7 @@ def add_layer_norm(
             x, residual, scale, bias, y, total, low, size, epsilon, 1.0 / out_scale if out_scale else 0.0,
             has_residual=residual is not None, has_bias=bias is not None,
             has_y=has_y, has_sum=has_sum, has_rounded=has_rounded,
-            block=block, num_warps=min(max(block // 512, 1), 16), **early_launch(x.device),
+            block=block, num_warps=num_warps, **early_launch(x.device),
         )  # fmt: skip
     return y, total, low
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from trine.graph.gpu.kernels.convolution import Window
-from trine.graph.gpu.kernels.epilogue import ACTIVATIONS, activate
+from trine.graph.gpu.kernels.epilogue import activate, place
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 
 
@@ -71,7 +71,7 @@ def _launch(
             x, weight, bias, residual, y, count, channels, height, width, *out_size,
             *window.kernel, *window.strides, *window.pads, *window.dilations,
             depthwise=weight is not None, has_bias=bias is not None, has_residual=residual is not None,
-            activation=ACTIVATIONS.index(activation), pixel_block=pixels, channel_block=across,
+            activation=place(activation, x.is_cuda), pixel_block=pixels, channel_block=across,
             num_warps=4, **early_launch(x.device),
         )  # fmt: skip
     return y
@@ -149,6 +149,6 @@ def finish_image(
     if y.numel():
         _finish_kernel[(triton.cdiv(y.numel(), 1024),)](
             y, bias, residual, y.numel(), y.shape[1], has_bias=bias is not None, has_residual=residual is not None,
-            activation=ACTIVATIONS.index(activation), block=1024, num_warps=4, **early_launch(y.device),
+            activation=place(activation, y.is_cuda), block=1024, num_warps=4, **early_launch(y.device),
         )  # fmt: skip
     return y
