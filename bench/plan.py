@@ -2,8 +2,9 @@
 
     python bench/plan.py --peer onnxruntime,openvino,torch --batch 1,8 --threads 2
 
-The runtimes take turns, so that what else the machine does hits all alike; times are medians. A ratio above
-1 means that the plan is faster than the fastest peer. `--json FILE` writes what is printed.
+Each runtime has a process of its own. They take turns, so that what else the machine does hits all alike, and no
+threads of one still look for work while another runs; times are medians. A ratio above 1 means that the plan is faster
+than the fastest peer. `--json FILE` writes what is printed.
 """
 
 from __future__ import annotations
@@ -12,83 +13,62 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from plan_models import MODELS, export, make  # noqa: E402
+from plan_models import MODELS, export  # noqa: E402
 
-import trine.graph as tg  # noqa: E402
-
-ROUNDS = 3
-Run = Callable[[dict[str, Any]], np.ndarray[Any, Any]]
+ROUNDS = 4
 
 
-def trine_plan(path: Path, threads: int, cache: Path) -> tuple[Run, dict[str, Any]]:
-    start = time.perf_counter()
-    plan = tg.build(path, timing_cache=cache)
-    built = time.perf_counter() - start
-    target = path.with_suffix(".plan")
-    plan.save(target)
-    start = time.perf_counter()
-    loaded = tg.load_plan(target)
-    facts = {"build_s": built, "load_s": time.perf_counter() - start, "memory": loaded.inspect()["memory"]}
-    return lambda inputs: next(iter(loaded.run(inputs).values())), facts
+class Worker:
+    """A runtime in another process (bench/plan_worker.py)."""
+
+    def __init__(self, kind: str, request: dict[str, Any]) -> None:
+        self.kind = kind
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "plan_worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.facts: dict[str, Any] = self._ask({**request, "load": kind})
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.kind} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def run(self, seconds: float, least: int) -> list[float]:
+        """Milliseconds of runs."""
+        times: list[float] = self._ask({"run": seconds, "least": least})
+        return times
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def onnxruntime_session(path: Path, threads: int) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs)[0]
-
-
-def openvino_request(path: Path, threads: int) -> Run:
-    import openvino
-
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return lambda inputs: next(iter(request.infer(inputs).values()))
-
-
-def torch_module(name: str) -> Run:
-    model = make(name)
-
-    def run(inputs: dict[str, Any]) -> np.ndarray[Any, Any]:
-        with torch.inference_mode():
-            return model(*(torch.from_numpy(array) for array in inputs.values())).numpy()
-
-    return run
-
-
-def measure(runs: dict[str, Run], inputs: dict[str, Any], seconds: float, least: int) -> dict[str, float]:
-    """Median milliseconds of each. They take turns in blocks, with a pause before each and a run that is not counted:
-    the threads of some runtimes keep spinning for a while after a run, and would slow the next one down.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            time.sleep(0.1)
-            run(inputs)
-            deadline = time.perf_counter() + seconds / ROUNDS
-            count = 0
-            while count < -(-least // ROUNDS) or time.perf_counter() < deadline:
-                start = time.perf_counter()
-                run(inputs)
-                times[name].append((time.perf_counter() - start) * 1e3)
-                count += 1
+def measure(workers: list[Worker], seconds: float, least: int) -> dict[str, float]:
+    """Median milliseconds of each; they take turns in blocks, the order turned round each time."""
+    times: dict[str, list[float]] = {worker.kind: [] for worker in workers}
+    for turn in range(ROUNDS):
+        for worker in workers if turn % 2 == 0 else workers[::-1]:
+            time.sleep(0.05)
+            times[worker.kind] += worker.run(seconds / ROUNDS, -(-least // ROUNDS))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -97,23 +77,38 @@ def compare(name: str, batch: int, args: argparse.Namespace, folder: Path) -> di
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inputs = export(name, batch, path)
-    plan, facts = trine_plan(path, args.threads, folder / "times.json")
-    runs: dict[str, Run] = {"trine": plan}
-    for peer in args.peer:
-        runs[peer] = (
-            torch_module(name)
-            if peer == "torch"
-            else {"onnxruntime": onnxruntime_session, "openvino": openvino_request}[peer](path, args.threads)
-        )
-    outputs = {key: run(inputs) for key, run in runs.items()}
-    scale = float(np.abs(outputs["trine"]).max())
-    for peer in args.peer:
-        error = float(np.abs(outputs[peer] - outputs["trine"]).max()) / scale
-        if error > 1e-3:
-            raise SystemExit(f"{name}: the plan's output differs from {peer}'s by {error:.2g} of its scale")
-    times = measure(runs, inputs, args.seconds, args.runs)
+    np.savez(folder / "inputs.npz", **inputs)
+    request = {"path": str(path), "model": name, "threads": args.threads, "inputs": str(folder / "inputs.npz")}
+    workers: list[Worker] = []
+    outputs: dict[str, Any] = {}
+    try:
+        for kind in ("trine", *args.peer):
+            output = folder / f"{kind}.npy"
+            workers.append(Worker(kind, {**request, "output": str(output), "cache": str(folder / "times.json")}))
+            outputs[kind] = np.load(output)
+        scale = float(np.abs(outputs["trine"]).max())
+        for peer in args.peer:
+            error = float(np.abs(outputs[peer] - outputs["trine"]).max()) / scale
+            if error > 1e-3:
+                raise SystemExit(f"{name}: the plan's output differs from {peer}'s by {error:.2g} of its scale")
+        times = measure(workers, args.seconds, args.runs)
+    finally:
+        for worker in workers:
+            worker.close()
     best = min((times[peer] for peer in args.peer), default=math.nan)
-    return {"model": name, "batch": batch, "ms": times, "ratio": best / times["trine"], **facts}
+    facts = workers[0].facts
+    grown = {worker.kind: worker.facts["grown_mb"] for worker in workers}
+    return {"model": name, "batch": batch, "ms": times, "ratio": best / times["trine"], **facts, "grown_mb": grown}
+
+
+def line(result: dict[str, Any]) -> str:
+    figures = "  ".join(f"{key} {value:.2f}" for key, value in result["ms"].items())
+    grown = " ".join(f"{value:.1f}" for value in result["grown_mb"].values())
+    text = f"{result['model']:14} batch {result['batch']}  {figures} ms  ratio {result['ratio']:.2f}"
+    text += f"  build {result['build_s']:.1f} load {result['load_s']:.2f} s  grown {grown} MB"
+    if result["memory"] is not None:
+        text += f"  peak {result['memory']['peak'] / 1e6:.1f} of {result['memory']['total'] / 1e6:.1f} MB"
+    return text
 
 
 def names(text: str) -> list[str]:
@@ -131,17 +126,15 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep exported models and the timing cache there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in args.model:
             for batch in args.batch:
                 result = compare(name, batch, args, folder)
                 results.append(result)
-                figures = "  ".join(f"{key} {value:.2f}" for key, value in result["ms"].items())
-                print(f"{name:14} batch {batch}  {figures} ms  ratio {result['ratio']:.2f}")
-                sys.stdout.flush()
+                print(line(result), flush=True)
     ratios = [result["ratio"] for result in results]
     if args.peer:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

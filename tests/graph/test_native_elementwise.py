@@ -92,4 +92,4 @@ def test_images_keep_their_channels_innermost() -> None:
     scale = g.input(torch.randn(2, 16, 1, 1))
     y = g.node("Transpose", g.node("Mul", g.node("Relu", x), scale), perm=[0, 2, 3, 1])
     program = g.check(y)
-    assert "copy" not in [step.name for step in program.tape.steps[:-1]]
+    assert "copy" not in [step.kernel_name for step in program.tape.steps[:-1]]

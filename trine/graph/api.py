@@ -79,6 +79,9 @@ class Plan:
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Named arrays (tensors and lists are taken, too) to named arrays. InputError for what does not fit."""
+        quick = None if self._executor is None else self._executor.run_arrays(inputs)
+        if quick is not None:
+            return dict(zip(self.graph.output_names, quick, strict=True))
         wanted = {value.name: value for value in self.graph.inputs}
         for name in inputs:
             if name not in wanted:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from trine.graph.ir import Graph, Node
 from trine.graph.native.packed import Packed
-from trine.graph.native.program import NativeProgram
+from trine.graph.native.program import Array, NativeProgram
 from trine.graph.native.specialise import specialise
 from trine.graph.runtime import Kernel
 
@@ -33,12 +34,29 @@ class Executor:
         self.packed = Packed(graph, packed)
         self._programs: OrderedDict[Shapes, NativeProgram] = OrderedDict()
         self._lock = Lock()
+        self._types = [(value.name, value.dtype.numpy if value.dtype else None) for value in graph.inputs]
         values = [value for node in graph.nodes for value in node.outputs if value.name]
         self._is_static = all(value.static_shape is not None for value in (*graph.inputs, *values))
 
     def run(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Inputs in order to outputs in order, which are the caller's own."""
         return self.program(shapes_of(arguments)).run(*arguments)
+
+    def run_arrays(self, inputs: Mapping[str, Any]) -> list[Array] | None:
+        """The outputs, by the shortest way; None where that is not open: for shapes not seen before, for instance."""
+        if len(inputs) != len(self._types):
+            return None
+        arrays = []
+        for name, dtype in self._types:
+            array = inputs.get(name)
+            if type(array) is not np.ndarray or array.dtype != dtype or not array.flags.c_contiguous:
+                return None
+            arrays.append(array)
+        shapes = tuple(array.shape for array in arrays)
+        if shapes not in self._programs:
+            return None
+        program = self.program(shapes)
+        return program.run_arrays(arrays) if program.is_one_call else None
 
     def program(self, shapes: Shapes) -> NativeProgram:
         """The program for these shapes of the inputs."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_int64
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from trine.graph.errors import ExecutionError
@@ -16,6 +20,17 @@ from trine.graph.native.recorder import RULES, PythonItem, Recorder
 from trine.graph.native.tape import Context, Tape
 from trine.graph.native.tensor import NUMBERS, Tensor
 from trine.graph.runtime import Kernel, bind
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What one step for a node takes; `kernel` is "python" where Python runs the node."""
+
+    node: Node
+    kernel: str
+    milliseconds: float
 
 
 @dataclass(eq=False)
@@ -60,6 +75,15 @@ class NativeProgram:
         self.tape = Tape(tape.steps, arena, tape.slots)
         self._items = self._plan(kernel_of or (lambda node: None))
         self._contexts: list[Context] = []
+        self._array_outputs = [
+            (value.static_shape or (), value.dtype.numpy, slot) for value, slot in self._outputs.items() if value.dtype
+        ]
+        places = {value: place for place, value in enumerate(self._outputs)}
+        self._array_places = [places[value] for value in graph.outputs if value in places]
+        slots = {tensor.buffer.slot: value for value, tensor in tape.externals.items()}
+        self._array_inputs = [
+            (slot, graph.inputs.index(value)) for slot, value in slots.items() if value in graph.inputs
+        ]
         self._lock = Lock()
 
     @property
@@ -103,17 +127,74 @@ class NativeProgram:
 
     def run(self, *arguments: Any) -> tuple[Any, ...]:
         """Inputs to outputs, in order; the outputs are the caller's. ExecutionError names the node that failed."""
+        context = self._take()
+        try:
+            return self._run(context, arguments)
+        finally:
+            self._give(context)
+
+    @cached_property
+    def is_one_call(self) -> bool:
+        """Whether a run is one tape and nothing else, from inputs to outputs."""
+        whole = len(self._items) == 1 and isinstance(self._items[0], _Native)
+        return whole and set(self.graph.outputs) <= set(self._outputs)
+
+    def run_arrays(self, arrays: Sequence[Array]) -> list[Array]:
+        """As `run` where `is_one_call`, on contiguous NumPy arrays of the right types and shapes: the shortest way."""
+        item = self._items[0]
+        assert isinstance(item, _Native)
+        made = [np.empty(shape, dtype) for shape, dtype, _ in self._array_outputs]
+        context = self._take()
+        try:
+            bases = context.bases
+            for (_, _, slot), array in zip(self._array_outputs, made, strict=True):
+                bases[slot] = array.__array_interface__["data"][0]
+            for slot, place in self._array_inputs:
+                bases[slot] = arrays[place].__array_interface__["data"][0]
+            failed = self.tape.run(context, item.first, item.end)
+        finally:
+            self._give(context)
+        if failed >= 0:
+            raise self._failure(failed)
+        return [made[place] for place in self._array_places]
+
+    def _take(self) -> Context:
         with self._lock:
             context = self._contexts.pop() if self._contexts else None
-        if context is None:
-            context = Context(self.tape)
-        try:
-            return self._run(context, arguments, None)
-        finally:
-            with self._lock:
-                self._contexts.append(context)
+        return Context(self.tape) if context is None else context
 
-    def _run(self, context: Context, arguments: Sequence[Any], times: Any) -> tuple[Any, ...]:
+    def _give(self, context: Context) -> None:
+        with self._lock:
+            self._contexts.append(context)
+
+    def _failure(self, step: int) -> ExecutionError:
+        node = self.tape.steps[step].node
+        return ExecutionError(f"node {node.name!r} ({node.op}) failed: an index is out of range")
+
+    def profile(self, arguments: Sequence[Any], runs: int) -> list[LayerTime]:
+        """Mean milliseconds of each step and each call of Python, in running order."""
+        context = Context(self.tape)
+        times = (c_int64 * max(1, len(self.tape.steps)))()
+        total = [0.0] * len(times)
+        calls: dict[Node, float] = {}
+        for _ in range(runs):
+            self._run(context, arguments, times, calls)
+            total = [before + now for before, now in zip(total, times, strict=True)]
+        found: list[LayerTime] = []
+        for item in self._items:
+            if isinstance(item, _Call):
+                found.append(LayerTime(item.node, "python", calls[item.node] / runs * 1e3))
+                continue
+            steps = self.tape.steps[item.first : item.end]
+            found += [
+                LayerTime(step.node, step.kernel_name, total[item.first + k] / runs / 1e6)
+                for k, step in enumerate(steps)
+            ]
+        return found
+
+    def _run(
+        self, context: Context, arguments: Sequence[Any], times: Any = None, calls: dict[Node, float] | None = None
+    ) -> tuple[Any, ...]:
         values: dict[Value, Any] = dict(zip(self.graph.inputs, arguments, strict=True))
         made: dict[Value, torch.Tensor] = {}
         for value, slot in self._outputs.items():
@@ -124,7 +205,10 @@ class NativeProgram:
         kept: list[torch.Tensor] = []
         for item in self._items:
             if isinstance(item, _Call):
+                start = perf_counter()
                 self._python(item, context, values, made)
+                if calls is not None:
+                    calls[item.node] = calls.get(item.node, 0.0) + perf_counter() - start
                 continue
             for slot, value in item.hand_in:
                 tensor = self._checked(value, values[value])
@@ -132,7 +216,7 @@ class NativeProgram:
                 context.bases[slot] = tensor.data_ptr()
             failed = self.tape.run(context, item.first, item.end, times)
             if failed >= 0:
-                raise ExecutionError(f"node {self.tape.steps[failed].name!r} failed: an index is out of range")
+                raise self._failure(failed)
         return tuple(self._result(value, values, made) for value in self.graph.outputs)
 
     def _python(

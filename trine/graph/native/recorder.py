@@ -188,8 +188,8 @@ class Recorder:
                 raise RuntimeError(f"{kernel}: {name} reaches outside of its memory")
             found[name if isinstance(name, int) else getattr(type(args), name).offset] = tensor
         allowed = tuple(pair for pair in in_place if _may_share(pair[0], pair[1], found.values()))
-        node_name = "" if self.node is None else self.node.name or self.node.output.name
-        step = Step(find_kernel(kernel, type(args)), args, found, node_name, allowed, len(self.items))
+        assert self.node is not None
+        step = Step(kernel, find_kernel(kernel, type(args)), args, found, self.node, allowed, len(self.items))
         self.steps.append(step)
         self.items.append(step)
 

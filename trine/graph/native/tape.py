@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trine.core.errors import InsufficientMemoryError
+from trine.graph.ir import Node
 from trine.graph.native.arena import aligned
 from trine.graph.native.tensor import Tensor
 from trine.kernels.cpu.native import load
@@ -23,12 +24,13 @@ _ALIGNMENT = 64
 class Step:
     """One call of a kernel: its arguments, and the tensors that its pointers name."""
 
+    kernel_name: str
     kernel: int
     args: ctypes.Structure
     pointers: dict[int, Tensor]
     """By place in the arguments, in bytes."""
-    name: str
-    """Of the node that it works for."""
+    node: Node
+    """That it works for."""
     in_place: tuple[tuple[Tensor, Tensor], ...] = ()
     """(read, written): the result may lie where the operand lies."""
     time: int = 0
