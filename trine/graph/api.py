@@ -104,7 +104,20 @@ class Plan:
         tactics_ = {str(places[node]): [choice.tactic, choice.times] for node, choice in self.choices.items()}
         effects = [[effect.name, effect.added, effect.removed] for effect in self.effects]
         extra = {"effects": effects, "profiles": described(self.profiles), "precision": self.precision}
-        plan_file.save(path, self.graph, {"tactics": tactics_, **extra})
+        packed = None if self._executor is None else self._executor.packed_weights(self._usual_shapes())
+        plan_file.save(path, self.graph, {"tactics": tactics_, **extra}, packed)
+
+    def _usual_shapes(self) -> list[tuple[int, ...] | None]:
+        """Shapes of the inputs that the first profile names as usual; 1 where nothing says."""
+        bounds = self.profiles[0] if self.profiles else {}
+        return [
+            tuple(bounds[value.name].opt)
+            if value.name in bounds
+            else None
+            if value.shape is None
+            else tuple(dim if isinstance(dim, int) else 1 for dim in value.shape)
+            for value in self.graph.inputs
+        ]
 
     def refit(self, weights: Mapping[str, Any] | str | os.PathLike[str] | bytes | Any) -> None:
         """Put in other weights without a new build: arrays by name, or all of them from an ONNX model.
@@ -212,14 +225,14 @@ def _to_caller(result: Any, dtype: DType | None) -> Any:
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """A plan that `Plan.save` wrote; its weights are mapped from the file. PlanError for any other file."""
-    graph, header = plan_file.load(path)
+    graph, header, packed = plan_file.load(path)
     nodes = list(graph.walk())
     try:
         choices = {nodes[int(place)]: Choice(name, times) for place, (name, times) in header["tactics"].items()}
         effects = [Effect(*parts) for parts in header["effects"]]
         profiles = from_description(header["profiles"])
         check_profiles(profiles, graph)
-        return Plan(graph, effects, choices, profiles=profiles, precision=header["precision"])
+        return Plan(graph, effects, choices, profiles=profiles, precision=header["precision"], packed=packed)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         raise PlanError(f"{str(path)!r} is damaged: build the plan again") from None
 

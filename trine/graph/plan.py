@@ -4,11 +4,12 @@
     8 bytes   length of the header, little endian
     16 bytes  BLAKE2b digest of the header
     header    {"version", "graph", "values", "weights": [{"dtype", "shape", "offset", "bytes"}, …],
-               "tactics", "effects", "profiles"}
+               "tactics", "effects", "profiles", "packed": {"library", "entries": {name: weight}}}
     weights   from the next multiple of 64 on; offsets count from there
 
 Values are numbers in the order in which they are met; a node is a list of its operator, name, inputs, outputs,
-attributes and origins. The file holds no code and no layout of one machine: another machine packs for itself.
+attributes and origins. The file holds no code. Weights stand in it as the model has them, and, under "packed", as the
+kernels of one build of the native library want them: another build packs for itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from trine.graph.dtypes import DType
+from trine.graph.dtypes import FROM_TORCH, DType
 from trine.graph.errors import PlanError
 from trine.graph.ir import Graph, Node, Value
+from trine.kernels.cpu.native import PATH
 
 MAGIC = b"TRINEPLN"
-VERSION = 3
+VERSION = 4
 _ALIGNMENT = 64
 _HEAD = 32
 _TENSORRT = (b"ftrt", b"ptrt")
 """How TensorRT's engines begin."""
 
 
-def save(path: str | os.PathLike[str], graph: Graph, extra: Mapping[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    graph: Graph,
+    extra: Mapping[str, Any],
+    packed: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write the graph, its weights, and `extra` (JSON) under the header's key of that name; whole or not at all.
 
-    `extra["tactics"]` may have nodes as keys of its first level: they are written by their place in `graph.nodes`.
+    `packed` are weights in the layouts of this machine's kernels.
     """
     writer = _Writer()
     header: dict[str, Any] = {"version": VERSION, "graph": writer.graph(graph), **extra}
+    entries = {key: writer.data(tensor, FROM_TORCH[tensor.dtype]) for key, tensor in (packed or {}).items()}
+    header["packed"] = {"library": library_digest(), "entries": entries}
     header["values"] = writer.values
     header["weights"] = writer.layout
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -63,8 +73,11 @@ def save(path: str | os.PathLike[str], graph: Graph, extra: Mapping[str, Any]) -
     os.replace(file.name, target)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Graph, dict[str, Any]]:
-    """The graph, its constants over the mapped file, and the header. PlanError for what is no plan of this version."""
+def load(path: str | os.PathLike[str]) -> tuple[Graph, dict[str, Any], dict[str, torch.Tensor]]:
+    """The graph, its constants over the mapped file; the header; and the packed weights, if they are this library's.
+
+    PlanError for what is no plan of this version.
+    """
     name = repr(str(path))
     try:
         with open(path, "rb") as file:
@@ -94,10 +107,18 @@ def load(path: str | os.PathLike[str]) -> tuple[Graph, dict[str, Any]]:
     try:
         reader = _Reader(header, _map(path, _aligned(_HEAD + length), size))
         graph = reader.graph(header["graph"])
+        own = header["packed"]["library"] == library_digest()
+        packed = {key: reader.tensor(index) for key, index in header["packed"]["entries"].items()} if own else {}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
         raise PlanError(f"{name} is damaged: build the plan again") from None
     graph.verify()
-    return graph, header
+    return graph, header, packed
+
+
+@cache
+def library_digest() -> str:
+    """Which build of the native library this is; packed weights are for one."""
+    return hashlib.blake2b(PATH.read_bytes(), digest_size=16).hexdigest() if PATH.exists() else ""
 
 
 def _digest(text: bytes) -> bytes:

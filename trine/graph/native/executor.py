@@ -72,6 +72,11 @@ class Executor:
                 self._programs.popitem(last=False)
         return program
 
+    def packed_weights(self, shapes: Sequence[tuple[int, ...] | None]) -> dict[str, torch.Tensor]:
+        """What the kernels have packed, at least for these shapes of the inputs."""
+        self.program(tuple(shapes))
+        return self.packed.entries
+
     def _make(self, shapes: Shapes) -> NativeProgram:
         if self._is_static:
             return NativeProgram(self.graph, self.packed, self.variants, self.kernel_of)

@@ -8,6 +8,7 @@ from math import prod
 import torch
 
 from trine.graph.dtypes import DType
+from trine.graph.errors import PlanError
 from trine.graph.ir import Node, Value
 from trine.graph.native.args import ACTIVATIONS, LinearArgs, Weight
 from trine.graph.native.recorder import Recorder, native
@@ -30,6 +31,8 @@ def weight_of(tape: Recorder, weight: Value, data: torch.Tensor) -> Tensor:
         return panels
 
     panels = tape.constant(weight, "panels", pack)
+    if panels.buffer.nbytes != record.data_bytes:
+        raise PlanError(f"the plan's packed weight {weight.name!r} has the wrong size: build the plan again")
     record.data = panels.buffer.address
     address = tape.address(record)
     address.buffer.owner = (record, panels)
