@@ -257,3 +257,11 @@ def test_a_merged_product_is_made_of_all_of_them() -> None:
     merged, split = graph.nodes
     assert set(merged.origins) == {"MatMul m", "Add a", "MatMul c", "MatMul d"}
     assert split.origins == ()
+
+
+def test_merge_linear_joins_weights_that_two_layers_share_once() -> None:
+    nodes = [node("MatMul", "x q", "a"), node("MatMul", "x k", "c"), node("Sin", "x", "z")]
+    nodes += [node("MatMul", "z q", "d"), node("MatMul", "z k", "e")]
+    made = model(nodes, {"x": ["n", 8]}, ["a", "c", "d", "e"], {name: QKV[name] for name in "qk"})
+    assert after(made, "fuse_linear", "merge_linear") == {"Linear": 2, "Split": 2, "Sin": 1}
+    assert tg.build(made).inspect()["weights"] == 8 * 10 * 4 + 2 * 2 * 8

@@ -15,19 +15,23 @@ _NEAR = 16
 
 def merge_linear(graph: Graph) -> Graph:
     """Linear nodes that read the same value, near each other, become one; a Split gives each reader its columns."""
+    _merge_in(graph, {})
+    return graph
+
+
+def _merge_in(graph: Graph, joined: dict[str, Value]) -> None:
     groups: dict[tuple[Value | None, str], list[list[Node]]] = {}
     places = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         for subgraph in node.subgraphs:
-            merge_linear(subgraph)
+            _merge_in(subgraph, joined)
         if node.op == "Linear" and _is_plain(node):
             runs = groups.setdefault((node.inputs[0], node.attributes["activation"]), [[]])
             if runs[-1] and places[node] - places[runs[-1][-1]] > _NEAR:
                 runs.append([])
             runs[-1].append(node)
     for nodes in (run for runs in groups.values() for run in runs if len(run) > 1):
-        _merge(graph, nodes)
-    return graph
+        _merge(graph, nodes, joined)
 
 
 def _is_plain(node: Node) -> bool:
@@ -38,15 +42,17 @@ def _is_plain(node: Node) -> bool:
     return (bias is None or bias.is_constant) and node.output.rank is not None
 
 
-def _merge(graph: Graph, nodes: Sequence[Node]) -> None:
+def _merge(graph: Graph, nodes: Sequence[Node], joined: dict[str, Value]) -> None:
     first, x = nodes[0], nodes[0].inputs[0]
     weights = [node.inputs[1] for node in nodes]
     rows = [0 if weight is None else weight.data.shape[0] for weight in weights]
     biases = [node.input(2) or constant("", torch.zeros(count)) for node, count in zip(nodes, rows, strict=True)]
-    bias = _joined(biases) if any(node.input(2) for node in nodes) else None
+    bias = _joined(biases, joined) if any(node.input(2) for node in nodes) else None
     shape = (*(first.output.shape or ())[:-1], sum(rows))
     whole = Value(f"{first.output.name}.merged", first.output.dtype, shape)
-    merged = Node("Linear", [x, _joined(weights), bias], [whole], dict(first.attributes), f"{first.name}.merged")
+    merged = Node(
+        "Linear", [x, _joined(weights, joined), bias], [whole], dict(first.attributes), f"{first.name}.merged"
+    )
     sizes = constant(f"{whole.name}.sizes", torch.tensor(rows))
     split = Node("Split", [whole, sizes], [node.output for node in nodes], {"axis": -1}, f"{first.name}.split")
     place = graph.nodes.index(first)
@@ -54,11 +60,13 @@ def _merge(graph: Graph, nodes: Sequence[Node]) -> None:
     graph.nodes[place:place] = [merged, split]
 
 
-def _joined(values: Sequence[Value | None]) -> Value:
-    """The constants one below the other, named by all of them, so that `Plan.refit` finds each."""
+def _joined(values: Sequence[Value | None], joined: dict[str, Value]) -> Value:
+    """The constants one below the other, named by all of them, so that `Plan.refit` finds each; the same ones once."""
     parts = [value for value in values if value is not None]
     name = "|".join(f"{value.name}[{value.data.shape[0]}]" for value in parts)
-    return constant(name, torch.cat([value.data for value in parts]))
+    if name not in joined:
+        joined[name] = constant(name, torch.cat([value.data for value in parts]))
+    return joined[name]
 
 
 def parts_of(name: str) -> dict[str, slice]:
