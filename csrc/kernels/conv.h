@@ -24,6 +24,8 @@ struct ConvJob {
     bool planar;    // x has its channels outermost
     bool lines;     // segments are rows of the kernel
     bool unpadded;  // no window reaches out of the image
+    bool flat;      // pointwise, and neighbouring pixels are everywhere equally far apart: one line is all of the input
+    bool even;      // the same of the output and the residual
     int64_t segments, run;
     int64_t segments_per_slice, parts;  // a slice is several segments, or one of `parts` of a segment
     int64_t panel;                      // floats of a panel
@@ -37,10 +39,19 @@ struct ConvJob {
         segments = a.kernel_h * (lines ? (planar ? a.channels : 1) : a.kernel_w);
         run = lines ? a.kernel_w * (planar ? 1 : a.channels) : a.channels;
         unpadded = a.pad_top == 0 && a.pad_left == 0 && reach_w() <= a.width && reach_h(a.out_height) <= a.height;
+        flat = segments == 1 && unpadded && !lines && is_even(a.x_pixel, a.x_row, a.x_image) && a.stride_w == 1 &&
+               a.stride_h == 1 && a.width == a.out_width && a.height == a.out_height;
+        even = is_even(a.out_pixel, a.out_row, a.out_image) &&
+               (!a.residual || is_even(a.residual_pixel, a.residual_row, a.residual_image));
         panel = segments * run * PANEL;
         parts = ceil_div(run, BLOCK_DEPTH);
         segments_per_slice = parts > 1 ? 1 : ceil_div(segments, ceil_div(segments * run, BLOCK_DEPTH));
         divide();
+    }
+
+    bool is_even(int64_t pixel, int64_t row, int64_t image) const {
+        return (args->out_height * args->images == 1 || row == pixel * args->out_width) &&
+               (args->images == 1 || image == row * args->out_height);
     }
 
     // Input rows and columns, padding included, that `count` rows and all columns of the output see.
@@ -74,8 +85,8 @@ struct ConvTask {
     const ConvArgs& a;
     int64_t group, first_row, rows, first_column, end_column;
     const float** table;  // [rows][segments] in the order that the micro-kernel reads; lines: [lines][segments]
-    float** out;          // [rows]
-    const float** add;    // [rows], or null
+    Rows<float> out;
+    Rows<const float> add;
 
     ConvTask(const ConvJob& job, int64_t index) : job(job), a(*job.args) {
         first_column = index % job.column_tasks * job.columns_per_task;
@@ -86,10 +97,10 @@ struct ConvTask {
         rows = min(job.rows_per_task, job.rows - first);
         first_row = region * job.rows + first;
         table = static_cast<const float**>(scratch(SCRATCH_TABLE, rows * (job.segments + 2) * sizeof(float*)));
-        out = const_cast<float**>(table + rows * job.segments);
-        add = a.residual ? table + rows * (job.segments + 1) : nullptr;
         fill_outputs();
-        if (job.lines)
+        if (job.flat)
+            table[0] = a.x + group * a.channels + first_row * a.x_pixel;
+        else if (job.lines)
             fill_lines();
         else
             fill_places();
@@ -112,14 +123,18 @@ struct ConvTask {
 
     void fill_outputs() {
         float* to = a.out + group * a.filters;
-        over_pixels([&](int64_t r, int64_t n, int64_t y, int64_t x) {
-            out[r] = to + n * a.out_image + y * a.out_row + x * a.out_pixel;
-        });
-        if (!add) return;
         const float* from = a.residual + group * a.filters;
+        out = {nullptr, to + first_row * a.out_pixel, a.out_pixel};
+        add = {nullptr, from + first_row * a.residual_pixel, a.residual_pixel};
+        if (job.even) return;
+        const float** added = table + rows * job.segments;
+        float** written = const_cast<float**>(added + rows);
         over_pixels([&](int64_t r, int64_t n, int64_t y, int64_t x) {
-            add[r] = from + n * a.residual_image + y * a.residual_row + x * a.residual_pixel;
+            written[r] = to + n * a.out_image + y * a.out_row + x * a.out_pixel;
+            added[r] = from + n * a.residual_image + y * a.residual_row + x * a.residual_pixel;
         });
+        out.table = written;
+        add.table = added;
     }
 
     void fill_places() {
@@ -201,7 +216,8 @@ struct ConvTask {
         t.panel = job.panel;
         const bool is_last = segment + t.segments == job.segments && offset + length == job.run;
         t.activation = is_last ? a.activation : NO_ACTIVATION;
-        t.line_step = job.lines ? a.stride_w * (job.planar ? 1 : a.channels) : 0;
+        t.line_step = job.flat ? a.x_pixel : job.lines ? a.stride_w * (job.planar ? 1 : a.channels) : 0;
+        t.adds = !is_first || a.residual;
         const int64_t together = job.lines ? a.out_width : rows;
         const Blocks blocks(together, BLOCK_PIXELS);
         for (t.column = first_column; t.column < end_column; t.column += BLOCK_FILTERS) {
@@ -209,8 +225,8 @@ struct ConvTask {
             t.weight = weight + t.column / PANEL * job.panel;
             t.bias = is_first && bias ? bias + t.column : nullptr;
             for (int64_t row = 0; row < rows; row += together) {
-                t.out = out + row;
-                t.add = !is_first ? out + row : add ? add + row : nullptr;
+                t.out = out.from(row);
+                t.add = is_first ? add.from(row) : Rows<const float>{t.out.table, t.out.first, t.out.step};
                 tiles_of_blocks(t, blocks, table + row / together * job.segments, job.segments, segment);
             }
         }

@@ -25,16 +25,27 @@ static void activate_row(Activation activation, float* row, int64_t count) {
         store_upto(row + i, activate(load_upto(row + i, count - i), activation), count - i);
 }
 
+// Where rows of pixels lie: at addresses in a table, or where there is none, `step` floats apart.
+template <class T>
+struct Rows {
+    T* const* table;
+    T* first;
+    int64_t step;
+    T* at(int64_t r) const { return table ? table[r] : first + r * step; }
+    Rows from(int64_t r) const { return {table ? table + r : nullptr, first + r * step, step}; }
+};
+
 // A run of neighbouring blocks of R rows each, for one pair of vectors of filters.
 struct PixelTiles {
     const float* const* x;  // of block b at b * x_block: [segments][R]; or, for lines, [segments]
     int64_t x_block, blocks;
-    int64_t line_step;  // lines: row r of the run reads r * line_step further than x says; else 0
+    int64_t line_step;  // lines: row r of a run reads r * line_step further than x says; else 0
     int64_t segments, offset, run;  // `offset` is added to all addresses
     const float* weight;            // of the first panel, at the first k
     int64_t panel;                  // floats from one panel to the next
-    float* const* out;              // [blocks * R]; `column` is added to them, and to those of `add`
-    const float* const* add;        // [blocks * R] or null: what is added, the residual or the sums so far
+    Rows<float> out;                // `column` is added to them, and to those of `add`
+    Rows<const float> add;          // what is added: the residual, or the sums so far
+    bool adds;
     int64_t column, columns;        // at least 1 and at most BLOCK_FILTERS
     const float* bias;              // at the first column, or null
     Activation activation;          // none unless these are the last k's
@@ -78,28 +89,28 @@ static void tiles_of(const PixelTiles& t) {
             for (int r = 0; r < R; ++r) sum[r][v] = first;
         }
         tile_sums<R, V, LINES>(t, b, sum);
-        if (t.add) UNROLL
-        for (int r = 0; r < R; ++r) UNROLL
-        for (int v = 0; v < V; ++v) {
-            const float* added = t.add[b * R + r] + t.column + v * W;
-            sum[r][v] = add(sum[r][v], whole ? load(added) : load_upto(added, t.columns - v * W));
+        if (t.adds) UNROLL
+        for (int r = 0; r < R; ++r) {
+            const float* added = t.add.at(b * R + r) + t.column;
+            UNROLL
+            for (int v = 0; v < V; ++v)
+                sum[r][v] = add(sum[r][v], whole ? load(added + v * W) : load_upto(added + v * W, t.columns - v * W));
         }
         if (clamp) UNROLL
         for (int r = 0; r < R; ++r) UNROLL
         for (int v = 0; v < V; ++v) sum[r][v] = clamped(t.activation, sum[r][v]);
-        float* const* out = t.out + b * R;
         UNROLL
         for (int r = 0; r < R; ++r) {
+            float* out = t.out.at(b * R + r) + t.column;
             UNROLL
             for (int v = 0; v < V; ++v) {
                 if (whole)
-                    store(out[r] + t.column + v * W, sum[r][v]);
+                    store(out + v * W, sum[r][v]);
                 else
-                    store_upto(out[r] + t.column + v * W, sum[r][v], t.columns - v * W);
+                    store_upto(out + v * W, sum[r][v], t.columns - v * W);
             }
+            if (later) activate_row(t.activation, out, t.columns);
         }
-        if (later)
-            for (int r = 0; r < R; ++r) activate_row(t.activation, out[r] + t.column, t.columns);
     }
 }
 
@@ -129,8 +140,8 @@ INLINE void tiles_of_blocks(PixelTiles t, const Blocks& blocks, const float* con
             (wide ? TILES_OF<2, false> : TILES_OF<1, false>)[rows - 1](t);
             table += count * t.x_block;
         }
-        t.out += count * rows;
-        if (t.add) t.add += count * rows;
+        t.out = t.out.from(count * rows);
+        t.add = t.add.from(count * rows);
     }
 }
 

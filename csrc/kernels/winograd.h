@@ -136,31 +136,27 @@ struct Winograd {
                   int64_t to_position) const {
         const int64_t channels = args.channels, panels = args.filters / PANEL;
         const Blocks blocks(count, BLOCK_PIXELS);
-        const float** x = static_cast<const float**>(scratch(SCRATCH_TABLE, 2 * count * sizeof(float*)));
-        float** out = const_cast<float**>(x + count);
-        for (int64_t i = 0; i < count; ++i) {
-            x[i] = input + (first + i) * channels;
-            out[i] = to + i * width;
-        }
+        const float* x = input + first * channels;
         const int64_t slices = ceil_div(channels, BLOCK_DEPTH), slice = ceil_div(channels, slices);
         for (int64_t p = 0; p < POSITIONS; ++p) {
             const float* weight = args.weight + (p * panels + column / PANEL) * channels * PANEL;
             for (int64_t start = 0; start < channels; start += slice) {
                 PixelTiles t;
                 t.segments = 1;
-                t.line_step = 0;
+                t.line_step = channels;
                 t.offset = p * position + start;
                 t.run = min(slice, channels - start);
                 t.panel = channels * PANEL;
-                t.out = out;
-                t.add = start > 0 ? out : nullptr;
+                t.out = {nullptr, to, width};
+                t.add = {nullptr, to, width};
+                t.adds = start > 0;
                 t.bias = nullptr;
                 t.activation = NO_ACTIVATION;
                 for (int64_t c = 0; c < width; c += BLOCK_FILTERS) {
                     t.weight = weight + (c / PANEL * channels + start) * PANEL;
                     t.column = p * to_position + c;
                     t.columns = min(BLOCK_FILTERS, width - c);
-                    tiles_of_blocks(t, blocks, x, 1, 0);
+                    tiles_of_blocks(t, blocks, &x, 1, 0);
                 }
             }
         }
