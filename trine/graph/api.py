@@ -94,7 +94,7 @@ class Plan:
         with torch.inference_mode():
             results = self.program.run(*arguments) if self._executor is None else self._executor.run(arguments)
         return {
-            name: _to_caller(result, value.dtype)
+            name: to_caller(result, value.dtype)
             for name, value, result in zip(self.graph.output_names, self.graph.outputs, results, strict=True)
         }
 
@@ -217,10 +217,11 @@ def _from_caller(given: Any, value: Value) -> Any:
     return to_torch(array)
 
 
-def _to_caller(result: Any, dtype: DType | None) -> Any:
+def to_caller(result: Any, dtype: DType | None) -> Any:
+    """A tensor of the host as an array, a sequence as a list of them."""
     if isinstance(result, torch.Tensor):
         return np.array(to_numpy(result, dtype))
-    return [_to_caller(item, None) for item in result] if isinstance(result, list) else result
+    return [to_caller(item, None) for item in result] if isinstance(result, list) else result
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -232,6 +233,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         effects = [Effect(*parts) for parts in header["effects"]]
         profiles = from_description(header["profiles"])
         check_profiles(profiles, graph)
+        if "gpu" in header:
+            from trine.graph.gpu.api import restore
+
+            return restore(graph, effects, header["gpu"], profiles)
         return Plan(graph, effects, choices, profiles=profiles, precision=header["precision"], packed=packed)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         raise PlanError(f"{str(path)!r} is damaged: build the plan again") from None
@@ -254,6 +259,8 @@ def build(
     calibration_cache: str | os.PathLike[str] | None = None,
     accuracy_drop: float | None = None,
     accuracy: Accuracy | None = None,
+    device: str = "cpu",
+    inductor: bool = False,
 ) -> Plan:
     """Compile an ONNX file, its bytes, a ModelProto, or a torch module with example inputs `args`.
 
@@ -267,6 +274,9 @@ def build(
     mse, and `calibration_cache` a file that keeps the ranges. `accuracy_drop` (percentage points) keeps in fp32 what
     the drop forbids, measured on that data by `accuracy`: a function of all outputs by name to percent, or the right
     class of each sample; without it, by how often fp32's class stays. `Plan.precision` reports what came of it.
+
+    `device` is cpu or cuda (cuda:1, …): there fp32, tf32, fp16, bf16 and fp8 are known, fp8 with the largest magnitudes
+    of `calibration`; `inductor` lets TorchInductor compete for the whole graph, which takes minutes.
     """
     graph = import_model(_exported(source, args) if isinstance(source, torch.nn.Module) else source, folder)
     check_profiles(profiles, graph)
@@ -275,6 +285,21 @@ def build(
             raise ConfigurationError(f"precision {precision!r} needs the passes: leave optimise on")
         return Plan(graph, profiles=profiles, native=False)
     effects = run_passes(graph)
+    if device != "cpu":
+        from trine.graph.gpu.api import build as build_for_gpu
+
+        return build_for_gpu(
+            graph,
+            effects,
+            device,
+            precision=precision,
+            tune=tune,
+            timing_cache=timing_cache,
+            shapes=shapes or {},
+            profiles=profiles,
+            calibration=calibration,
+            inductor=inductor,
+        )
     graph, report = lower_precision(
         graph,
         precision,

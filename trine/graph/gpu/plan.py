@@ -222,6 +222,26 @@ class GpuRuntime:
     def _numerics(self) -> _Numerics:
         return _Numerics(tf32=self.precision != "fp32")
 
+    def forget(self) -> None:
+        """Weights have changed: nothing that was prepared holds any more."""
+        with self._lock:
+            self.target = Target(self.target.device, self.target.dtype)
+            self._ready.clear()
+
+    def profile(self, arguments: Sequence[Any], runs: int) -> list[tuple[str, str, float]]:
+        """Name, operator and milliseconds a launch of each node for these inputs."""
+        with torch.inference_mode(), self._numerics():
+            given = self.on_device(arguments)
+            key = tuple(tuple(x.shape) for x in given)
+            lowered, point = self._lowered(key), self.points.get(key) or self._nearest(key)
+            choices = {node: point.choices[label(node)] for node in lowered.nodes if label(node) in point.choices}
+            program = DeviceProgram(lowered, tuning.kernels_of(lowered, choices, self.target), self.target)
+            seen = tuning.settle(program, given)
+            return [
+                (node.name, node.op, tuning.launch_ms(program.kernels[node], seen[node], self.target, runs))
+                for node in lowered.nodes
+            ]
+
     def facts(self) -> dict[str, Any]:
         """What the plan says of itself: each set of shapes with how it runs, and what its intermediates take."""
         points = []

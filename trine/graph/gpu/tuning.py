@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -182,11 +183,21 @@ def _time(kernels: list[Kernel], given: list[Any], target: Target) -> float:
     return seconds(run, target) * 1e3 / (rounds * len(kernels))
 
 
+def launch_ms(kernel: Kernel, given: list[Any], target: Target, launches: int) -> float:
+    """Milliseconds a launch of one kernel, some in a row; one that can't be captured, by the host's clock."""
+    try:
+        return seconds(lambda: [kernel(*given) for _ in range(launches)] and (), target) * 1e3 / launches
+    except RuntimeError:
+        start = time.perf_counter()
+        kernel(*given)
+        if target.cuda:
+            torch.cuda.synchronize(target.device)
+        return (time.perf_counter() - start) * 1e3
+
+
 def seconds(run: Callable[[], Any], target: Target, repeats: int = 4) -> float:
     """The least time of `run`, captured as a CUDA graph; on a CPU (tests), once by the clock."""
     if not target.cuda:
-        import time
-
         start = time.perf_counter()
         run()
         return time.perf_counter() - start

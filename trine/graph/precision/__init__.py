@@ -12,7 +12,7 @@ from trine.graph.precision.quantize import PRECISIONS, quantizable
 from trine.graph.precision.ranges import CALIBRATORS, Range, calibrator
 from trine.graph.precision.report import Accuracy, OutputError, Report
 
-__all__ = ["CALIBRATORS", "PRECISIONS", "Accuracy", "Data", "OutputError", "Report", "lower_precision"]
+__all__ = ["CALIBRATORS", "PRECISIONS", "Accuracy", "Data", "OutputError", "Report", "batches", "lower_precision"]
 
 
 def lower_precision(
