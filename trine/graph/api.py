@@ -23,6 +23,7 @@ from trine.graph.importer import import_model
 from trine.graph.ir import Graph, Node, Value
 from trine.graph.memory import memory_use
 from trine.graph.native import Executor, native_is_available
+from trine.graph.native.executor import shapes_of
 from trine.graph.passes import Effect
 from trine.graph.passes import optimise as run_passes
 from trine.graph.precision import Accuracy, Data, Report, lower_precision
@@ -67,8 +68,8 @@ class Plan:
     def _kernel_of(self, node: Node) -> Kernel | None:
         """The kernel that the node's tactic makes, once."""
         if node not in self._kernels:
-            choice = self.choices.get(node)
-            self._kernels[node] = None if choice is None else kernels_for({node: choice}).get(node)
+            choice = self.choices.get(node) or Choice("")  # the first that applies
+            self._kernels[node] = kernels_for({node: choice}).get(node)
         return self._kernels[node]
 
     @cached_property
@@ -309,23 +310,25 @@ def build(
         accuracy_drop=accuracy_drop,
         accuracy=accuracy,
     )
-    made = partial(Plan, graph, effects, profiles=profiles, precision=report.as_dict())
-    if not tune:
-        return made(choose_first(graph))
-    if not any(tactics.candidates(node) for node in graph.nodes) or any(node.op == "Loop" for node in graph.walk()):
-        # nothing to time; or a loop that may not end on made-up inputs
-        return made(choose_first(graph))
-    cache = TimingCache(None if timing_cache is None else Path(timing_cache))
     points: list[Mapping[str, Sequence[int]]] = [
         {**(shapes or {}), **{name: bounds.opt for name, bounds in profile.items()}} for profile in profiles or [{}]
     ]
+    made = partial(Plan, graph, effects, profiles=profiles, precision=report.as_dict())
+    executor = Executor(graph, {}, lambda node: None, {}) if native_is_available() else None
+    cache = TimingCache(None if timing_cache is None else Path(timing_cache))
+    kernels: dict[Node, Kernel] = {}
     try:
         with torch.inference_mode():
-            choices, kernels = tactics.tune(graph, [example_inputs(graph, point) for point in points], cache, budget)
+            examples = [example_inputs(graph, point) for point in points]
+            if not tune or any(node.op == "Loop" for node in graph.walk()):  # a loop may not end on made-up inputs
+                program = None if executor is None else executor.program(shapes_of(examples[0]))
+                choices = choose_first(graph, program)
+            else:
+                choices, kernels = tactics.tune(graph, examples, cache, budget, executor)
+                cache.save()
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
         return made(choose_first(graph))  # the model can't run on made-up inputs
-    cache.save()
-    return made(choices, kernels)
+    return made(choices, kernels, packed=None if executor is None else executor.packed.entries)
 
 
 def _exported(module: torch.nn.Module, args: Sequence[torch.Tensor] | None) -> bytes:

@@ -80,14 +80,17 @@ class Executor:
     def _make(self, shapes: Shapes) -> NativeProgram:
         if self._is_static:
             return NativeProgram(self.graph, self.packed, self.variants, self.kernel_of)
-        graph, origins = specialise(self.graph, shapes)
+        try:
+            graph, origins = specialise(self.graph, shapes)
+        except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
+            graph, origins = self.graph, {node: node for node in self.graph.nodes}  # the node that fails will say why
         variants = {node: self.variants[old] for node, old in origins.items() if old in self.variants}
 
         def kernel_of(node: Node) -> Kernel | None:
             old = origins.get(node)
             return None if old is None else self.kernel_of(old)
 
-        return NativeProgram(graph, self.packed, variants, kernel_of)
+        return NativeProgram(graph, self.packed, variants, kernel_of, origins)
 
 
 def shapes_of(arguments: Sequence[Any]) -> Shapes:

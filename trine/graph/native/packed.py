@@ -13,12 +13,13 @@ from trine.graph.native.tensor import Buffer, Tensor, contiguous_strides
 
 
 class Packed:
-    """Packed weights by weight and layout. `given` are those of the plan file."""
+    """Packed weights by weight and layout. `given` are those that somebody packed before; `entries` are in use."""
 
     def __init__(self, graph: Graph, given: Mapping[str, torch.Tensor] | None = None) -> None:
         self._own = set(graph.constants())
         self._lock = Lock()
-        self.entries: dict[str, torch.Tensor] = dict(given or {})
+        self.entries: dict[str, torch.Tensor] = {}
+        self._given = dict(given or {})
         self._others: dict[tuple[Value, str], torch.Tensor] = {}
 
     def get(self, weight: Value, layout: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -30,7 +31,8 @@ class Packed:
                 return self._others[weight, layout]
             key = f"{layout}:{weight.name}"
             if key not in self.entries:
-                self.entries[key] = make()
+                found = self._given.get(key)
+                self.entries[key] = make() if found is None else found
             return self.entries[key]
 
 

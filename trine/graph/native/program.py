@@ -54,7 +54,8 @@ class _Call:
 class NativeProgram:
     """Runs a graph whose inputs have fixed shapes. Several threads may run it at once.
 
-    `variants` names the rule to try first for a node; `kernel_of` gives the Python kernel of a node that has no rule.
+    `variants` names the rule to try first for a node; `kernel_of` gives the Python kernel of a node that has no rule;
+    `origins` says of which nodes the graph's are copies.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class NativeProgram:
         packed: Packed,
         variants: Mapping[Node, str] | None = None,
         kernel_of: Callable[[Node], Kernel | None] | None = None,
+        origins: Mapping[Node, Node] | None = None,
     ) -> None:
         self.graph = graph
+        self.origins = {node: node for node in graph.nodes} if origins is None else dict(origins)
         direct = [value for value in dict.fromkeys(graph.outputs) if _plain(value)]
         self._outputs = {value: slot for slot, value in enumerate(direct, 1)}
         self.recorder = tape = Recorder(packed, self._outputs, slots=1 + len(direct))
@@ -284,7 +287,11 @@ def record(tape: Recorder, node: Node, variant: str | None = None) -> bool:
     """The node by the rule `variant`, or else by the first that applies; whether one did."""
     rules = RULES.get(node.op, {})
     order = [variant, *(name for name in rules if name != variant)] if variant in rules else list(rules)
-    return any(tape.record(node, rules[name]) for name in order if name is not None)
+    for name in order:
+        if name is not None and tape.record(node, rules[name]):
+            tape.variants[node] = name
+            return True
+    return False
 
 
 def _plain(value: Value) -> bool:

@@ -62,6 +62,8 @@ class Recorder:
     tensors: dict[Value, Tensor] = field(default_factory=dict)
     externals: dict[Value, Tensor] = field(default_factory=dict)
     """Values that Python hands in: the graph's inputs, results of nodes that run in Python."""
+    variants: dict[Node, str] = field(default_factory=dict)
+    """The rule that each native node runs by."""
     node: Node | None = None
     _copies: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _direct: dict[Value, Buffer] = field(default_factory=dict)

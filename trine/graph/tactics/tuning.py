@@ -12,14 +12,17 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trine.graph.ir import Graph, Node
+from trine.graph.ir import Graph, Node, Value
+from trine.graph.native import Executor, NativeProgram, Tensor
+from trine.graph.native.executor import shapes_of
+from trine.graph.native.timing import can_time, kernels_name, time_variants, variants_of
 from trine.graph.runtime import Program, bind
 from trine.graph.tactics.registry import REFERENCE, Kernel, candidates
 
@@ -88,9 +91,16 @@ def _first(node: Node) -> tuple[Choice, Kernel | None]:
     return Choice(name), kernel
 
 
-def choose_first(graph: Graph) -> dict[Node, Choice]:
-    """Without timing: the first candidate that applies to each node."""
-    return {node: _first(node)[0] for node in graph.walk() if candidates(node)}
+def choose_first(graph: Graph, program: NativeProgram | None = None) -> dict[Node, Choice]:
+    """Without timing: the first candidate that applies to each node; what `program` runs natively, as it does."""
+    native = {} if program is None else native_choices(program)
+    return {node: native.get(node) or _first(node)[0] for node in graph.walk() if node in native or candidates(node)}
+
+
+def native_choices(program: NativeProgram) -> dict[Node, Choice]:
+    """How a program runs those nodes that native kernels compute."""
+    variants = program.recorder.variants
+    return {program.origins[node]: Choice(name) for node, name in variants.items() if node in program.origins}
 
 
 def kernels_for(choices: Mapping[Node, Choice]) -> dict[Node, Kernel]:
@@ -109,17 +119,29 @@ def kernels_for(choices: Mapping[Node, Choice]) -> dict[Node, Kernel]:
 
 
 def tune(
-    graph: Graph, points: Sequence[Sequence[Any]], cache: TimingCache, budget: float | None = None
+    graph: Graph,
+    points: Sequence[Sequence[Any]],
+    cache: TimingCache,
+    budget: float | None = None,
+    executor: Executor | None = None,
 ) -> tuple[dict[Node, Choice], dict[Node, Kernel]]:
     """The fastest candidate of each node of `graph` (subgraphs keep the first that applies), on these inputs.
 
     `points` are several sets of inputs: a node's choice is the one with the least time over all of them. After `budget`
-    seconds nothing more is timed: nodes get what the cache knows, or the first candidate that applies.
+    seconds nothing more is timed: nodes get what the cache knows, or the first candidate that applies. Nodes that
+    `executor` runs natively choose among its variants, the others among the tactics in Python.
     """
     deadline = float("inf") if budget is None else time.monotonic() + budget
     choices = choose_first_in_subgraphs(graph)
-    kernels = kernels_for(choices)
-    found = [_tune_at(graph, inputs, cache, kernels, deadline) for inputs in points]
+    native = [] if executor is None else [executor.program(shapes_of(inputs)) for inputs in points]
+    timed = [_tune_native(program, cache, deadline) for program in native]
+    for node in set.intersection(*map(set, timed)) if timed else ():
+        choices[node] = _joined([at[node] for at in timed])
+    waiting = {node for node in graph.nodes if node not in choices and candidates(node)}
+    kernels = kernels_for({node: choice for node, choice in choices.items() if node not in graph.nodes})
+    if not waiting:
+        return choices, kernels
+    found = [_tune_at(graph, waiting, inputs, cache, kernels, deadline) for inputs in points]
     for node in found[0]:
         choice = choices[node] = _joined([at[node][0] for at in found])
         kernel = next((at[node][1] for at in found if at[node][0].tactic == choice.tactic), None)
@@ -128,14 +150,51 @@ def tune(
     return choices, kernels
 
 
+def _tune_native(program: NativeProgram, cache: TimingCache, deadline: float) -> dict[Node, Choice]:
+    """The best variant of each node that the program runs natively."""
+    found = native_choices(program)
+    tensors = program.recorder.tensors
+    for node in program.recorder.variants:
+        origin = program.origins.get(node)
+        if origin is None or not can_time(node, tensors):
+            continue
+        key = _native_key(node, tensors)
+        if key not in cache.times and time.monotonic() < deadline:
+            cache.times[key] = time_variants(node, tensors)
+        times = cache.times.get(key)
+        if times:
+            found[origin] = Choice(min(times, key=lambda name: times[name]), times)
+    return found
+
+
+def _native_key(node: Node, tensors: Mapping[Value, Tensor]) -> str:
+    """As `problem_key`, for variants of native kernels."""
+    lie = [
+        None
+        if value is None
+        else (list(tensors[value].shape), list(tensors[value].strides))
+        if value in tensors
+        else list(value.static_shape or ())
+        for value in node.inputs
+    ]
+    attributes = {key: str(value) for key, value in sorted(node.attributes.items())}
+    text = json.dumps([device_key(), kernels_name(), node.op, attributes, lie, variants_of(node)])
+    return f"native {node.op}:{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
 def _tune_at(
-    graph: Graph, inputs: Sequence[Any], cache: TimingCache, kernels: Mapping[Node, Kernel], deadline: float
+    graph: Graph,
+    waiting: Collection[Node],
+    inputs: Sequence[Any],
+    cache: TimingCache,
+    kernels: Mapping[Node, Kernel],
+    deadline: float,
 ) -> dict[Node, tuple[Choice, Kernel | None]]:
-    """Each node's choice on these inputs, and its kernel."""
+    """The choice of each waiting node on these inputs, and its kernel."""
     found: dict[Node, tuple[Choice, Kernel | None]] = {}
 
     def pick(node: Node, arguments: list[Any]) -> Kernel | None:
-        if not candidates(node):
+        if node not in waiting:
             return None
         found[node] = _fastest(node, arguments, cache, time.monotonic() < deadline)
         return found[node][1]
