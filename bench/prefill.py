@@ -146,7 +146,7 @@ def time_gated(report: Report) -> None:
 
 def library_product(x: fp8.Fp8Rows, weight: fp8.Fp8Weight) -> torch.Tensor:
     return torch._scaled_mm(
-        x.values, weight.values.t(), scale_a=x.scales[:, None], scale_b=weight.scales[None],
+        x.values, weight.values.t(), scale_a=x.scales, scale_b=weight.scales[None],
         out_dtype=BF16, use_fast_accum=True,
     )  # fmt: skip
 

@@ -62,16 +62,28 @@ def test_norms(dtype: torch.dtype) -> None:
     torch.testing.assert_close(residual, other)
 
 
-def test_silu_mul() -> None:
-    gate_up = randn(5, 2 * 208)
-    assert_same_rows(kernels.silu_mul_rows(gate_up), fp8.quantize_rows(reference.silu_mul(gate_up)))
+@pytest.mark.parametrize(("size", "groups"), [(208, 1), (2048, 2)])
+def test_silu_mul(size: int, groups: int) -> None:
+    """Few long rows have a scale for each thousand columns."""
+    gate_up = randn(5, 2 * size)
+    actual, expected = kernels.silu_mul_rows(gate_up), reference.silu_mul(gate_up)
+    assert actual.scales.shape == (5, groups)
+    width = size // groups
+    for group in range(groups):
+        columns = slice(group * width, (group + 1) * width)
+        own = Fp8Rows(actual.values[:, columns], actual.scales[:, group : group + 1], actual.dtype)
+        assert_same_rows(own, fp8.quantize_rows(expected[:, columns]))
 
 
 @pytest.mark.parametrize("tuning", [None, Fp8Tuning(outputs_block=64, k_block=128, num_stages=2)])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(5, 896, 70), (17, 64, 33), (64, 272, 64)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(5, 896, 70), (17, 64, 33), (64, 272, 64), (3, 2048, 20)])
 def test_small_products(rows: int, inputs: int, outputs: int, tuning: Fp8Tuning | None) -> None:
     x = fp8.quantize_rows(randn(rows, inputs))
     weight, bias = fp8.pack_fp8(randn(outputs, inputs, seed=1)), randn(outputs, seed=2)
+    if inputs == 2048:  # two groups of columns
+        halves = [fp8.quantize_rows(half) for half in randn(rows, inputs).chunk(2, 1)]
+        values, scales = (torch.cat([getattr(half, name) for half in halves], 1) for name in ("values", "scales"))
+        x = Fp8Rows(values, scales, x.dtype)
     for own in (None, bias):
         actual = fp8_linear(x, weight, own, tuning=tuning)
         error = (actual - fp8.linear(x, weight, own)).norm() / actual.norm()

@@ -45,10 +45,10 @@ class Fp8Weight:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Rows:
-    """Activations on their way into a product: `values[t, k] * scales[t]`, rounded from `dtype`.
+    """Activations on their way into a product: `values[t, k] * scales[t, k // (K / G)]`, rounded from `dtype`.
 
     values  [T, K] float8_e4m3fn
-    scales  [T] float32
+    scales  [T, G] float32, one for each of G equal groups of a row's columns; most often G is 1
     """
 
     values: torch.Tensor
@@ -69,7 +69,12 @@ class Fp8Rows:
 
     def dequantize(self) -> torch.Tensor:
         """[T, K] of `dtype`."""
-        return (self.values.float() * self.scales[:, None]).to(self.dtype)
+        return self.widened().to(self.dtype)
+
+    def widened(self) -> torch.Tensor:
+        """[T, K] float32."""
+        rows, groups = self.scales.shape
+        return (self.values.float().view(rows, groups, -1) * self.scales[:, :, None]).view(self.shape)
 
 
 Rows = torch.Tensor | Fp8Rows
@@ -89,8 +94,8 @@ def row_scales(x: torch.Tensor) -> torch.Tensor:
 
 def quantize_rows(x: torch.Tensor) -> Fp8Rows:
     """Round x [T, K]."""
-    scales = row_scales(x)
-    return Fp8Rows(saturate(x, scales[:, None]), scales, x.dtype)
+    scales = row_scales(x)[:, None]
+    return Fp8Rows(saturate(x, scales), scales, x.dtype)
 
 
 def pack_fp8(weight: torch.Tensor, scales: torch.Tensor | None = None) -> Fp8Weight:
@@ -108,7 +113,7 @@ def linear(
     if not isinstance(weight, Fp8Weight):
         raise TypeError(f"float8 kernels can't read a {type(weight).__name__}")
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
-    y = F.linear(rows.values.float(), weight.values.float()) * rows.scales[:, None] * weight.scales
+    y = F.linear(rows.widened(), weight.values.float()) * weight.scales
     if bias is not None:
         y += bias.float()
     return y.to(out_dtype or x.dtype)

@@ -1,12 +1,18 @@
 """float8 products and the kernels that round activations for them, fused with what makes those.
 
 Rounding is bound by memory: a row is read once and written once, at half the size, with its scale. Where it is fused
-with a norm or an activation the plain result is never written at all. Products of many rows are the library's; those of
-2 to 64 rows, where it reaches a third of the memory's speed, are `fp8_linear`'s. One row is `small_linear`'s, which
-takes activations as they are: rounding them would gain nothing there.
+with a norm or an activation the plain result is never written at all. Products of many rows are the library's, save
+those with few outputs, `fp8_matrix`'s on Hopper; those of 2 to 64 rows, where the library reaches a third of the
+memory's speed, are `fp8_stream`'s on Hopper and `fp8_linear`'s elsewhere. One row is `small_linear`'s, which takes
+activations as they are: rounding them would gain nothing there.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +26,8 @@ from trine.kernels.triton.device import early_launch, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
 from trine.kernels.triton.gated_linear import fused
 from trine.kernels.triton.small_linear import small_linear
+
+_GROUP = 1024  # columns that share a scale, where a row has several
 
 
 def rounds(num_rows: int) -> bool:
@@ -74,21 +82,29 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _silu_mul_kernel(
-    gate_up_ptr, values_ptr, scales_ptr, row_stride, size, block: tl.constexpr, early: tl.constexpr
+    gate_up_ptr, values_ptr, scales_ptr, row_stride, size, group, block: tl.constexpr, early: tl.constexpr
 ):  # fmt: skip
+    """Program (t, g): group g of row t's columns, `group` of them."""
     wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
-    inside = columns < size
+    inside = columns < group
+    columns += tl.program_id(1) * group
     gate = tl.load(gate_up_ptr + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
     y = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
-    _store_rounded(y, columns, inside, values_ptr + row * size, scales_ptr + row)
+    scale_ptr = scales_ptr + row * tl.num_programs(1) + tl.program_id(1)
+    _store_rounded(y, columns, inside, values_ptr + row * size, scale_ptr)
 
 
-def _empty_rows(x: torch.Tensor, size: int) -> Fp8Rows:
+def _empty_rows(x: torch.Tensor, size: int, groups: int = 1) -> Fp8Rows:
     values = torch.empty((x.shape[0], size), dtype=fp8.DTYPE, device=x.device)
-    return Fp8Rows(values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device), x.dtype)
+    return Fp8Rows(values, torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device), x.dtype)
+
+
+def _groups(num_rows: int, size: int) -> int:
+    """Groups that a row is cut into: where our own product reads them, so many that a program rounds each alone."""
+    return size // _GROUP if num_rows <= MAX_ROWS and size % _GROUP == 0 else 1
 
 
 def _warps(block: int) -> int:
@@ -142,14 +158,26 @@ def silu_mul_rows(gate_up: torch.Tensor) -> Fp8Rows:
     """silu(gate) * up of gate_up [T, 2I], gate first, rounded: [T, I]."""
     gate_up = _contiguous_rows(gate_up)
     size = gate_up.shape[1] // 2
-    rows = _empty_rows(gate_up, size)
-    block = triton.next_power_of_2(size)
+    groups = _groups(gate_up.shape[0], size)
+    rows = _empty_rows(gate_up, size, groups)
+    block = triton.next_power_of_2(size // groups)
     if gate_up.shape[0]:
-        _silu_mul_kernel[(gate_up.shape[0],)](
-            gate_up, rows.values, rows.scales, gate_up.stride(0), size,
+        _silu_mul_kernel[(gate_up.shape[0], groups)](
+            gate_up, rows.values, rows.scales, gate_up.stride(0), size, size // groups,
             block=block, num_warps=_warps(block), **early_launch(gate_up.device),
         )  # fmt: skip
     return rows
+
+
+@cache
+def _hopper(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
+    """The kernels for up to 64 rows and for more, on a Hopper GPU with a Triton that has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("trine.kernels.triton.fp8_stream"), import_module("trine.kernels.triton.fp8_matrix")
+    except ImportError:
+        return None
 
 
 def linear(
@@ -160,15 +188,20 @@ def linear(
     if isinstance(x, torch.Tensor) and x.shape[0] == 1:
         return small_linear(x, weight.values, bias, weight.scales, out_dtype)
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
+    hopper = _hopper(rows.device)
     if 0 < rows.shape[0] <= MAX_ROWS and inputs % 16 == 0:
+        if hopper is not None and hopper[0].can_stream(rows, weight):
+            return cast(torch.Tensor, hopper[0].fp8_stream(rows, weight, bias, out_dtype))
         return fp8_linear(rows, weight, bias, out_dtype)
+    if hopper is not None and out_dtype in (None, torch.bfloat16) and hopper[1].supports(rows, weight):
+        return cast(torch.Tensor, hopper[1].fp8_matrix(rows, weight, bias))
     if inputs % 16 or outputs % 16 or not rows.is_cuda:  # what the library does not take
         y = F.linear(rows.dequantize(), weight.dequantize().to(x.dtype), bias)
         return y if out_dtype is None else y.to(out_dtype)
     y = torch._scaled_mm(
         rows.values,
         weight.values.t(),
-        scale_a=rows.scales[:, None],
+        scale_a=rows.scales,
         scale_b=weight.scales[None, :],
         bias=bias if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,  # the only one with scales by row

@@ -49,7 +49,7 @@ def _ask_ahead(pointers):
 @triton.jit
 def _fp8_linear_kernel(
     x_ptr, x_scales_ptr, weight_ptr, weight_scales_ptr, bias_ptr, y_ptr,
-    num_rows, inputs, outputs, weight_stride,
+    num_rows, inputs, outputs, weight_stride, groups,
     has_bias: tl.constexpr, rows_block: tl.constexpr, outputs_block: tl.constexpr, k_block: tl.constexpr,
     num_stages: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -64,14 +64,14 @@ def _fp8_linear_kernel(
     rows = tl.program_id(1) * rows_block + tl.arange(0, rows_block)
     x_row_ptr = x_ptr + tl.minimum(rows, num_rows - 1)[:, None] * inputs
     columns = tl.arange(0, k_block)
+    there = rows < num_rows
     acc = tl.zeros([outputs_block, rows_block], tl.float32)
     for start in tl.range(0, inputs, k_block, num_stages=num_stages):
         inside = (start + columns < inputs)[None, :]
         weight = tl.load(weight_row_ptr + start + columns[None, :], mask=inside, other=0.0)
         x = tl.load(x_row_ptr + start + columns[None, :], mask=inside, other=0.0)
-        acc = tl.dot(weight, tl.trans(x), acc)
-    there = rows < num_rows
-    acc *= tl.load(x_scales_ptr + rows, mask=there, other=0.0)[None, :]
+        scales = tl.load(x_scales_ptr + rows * groups + start * groups // inputs, mask=there, other=0.0)
+        acc += tl.dot(weight, tl.trans(x)) * scales[None, :]
     acc *= tl.load(weight_scales_ptr + numbers, mask=present, other=0.0)[:, None]
     if has_bias:
         acc += tl.load(bias_ptr + numbers, mask=present, other=0.0).to(tl.float32)[:, None]
@@ -89,7 +89,8 @@ def fp8_linear(
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of the dtype x had, or `out_dtype`.
 
-    Nothing may write to the weight in the kernels just before: with early launch it is read while they run.
+    Nothing may write to the weight in the kernels just before: with early launch it is read while they run. Where x has
+    groups of columns they are whole blocks of the kernel's.
     """
     num_rows, inputs = x.shape
     outputs = weight.shape[0]
@@ -108,6 +109,7 @@ def fp8_linear(
         inputs,
         outputs,
         weight.values.stride(0),
+        x.scales.shape[1],
         has_bias=bias is not None,
         rows_block=rows_block,
         outputs_block=tuning.outputs_block,
