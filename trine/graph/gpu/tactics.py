@@ -353,6 +353,11 @@ _CONV_TILES = (
 )  # fmt: skip
 
 
+_CONV_FEW_ROWS = ("16x32x128w4s4", "32x32x128w4s4", "64x32x128w4s4")
+_CONV_FEW_CHANNELS = ("128x32x32w4s3", "64x64x32w4s3", "128x64x32w8s3", "128x64x16w4s4")
+_SPREAD_TILES = ("128x64x64w4s3", "128x128x64w8s3", "64x64x64w4s4", "128x128x32w8s3")
+
+
 @options_for("FusedConv")
 def triton_convolution(node: Node, target: Target) -> Options:
     """Our implicit product with everything in its epilogue; each channel by its own filter, our window kernel."""
@@ -393,10 +398,10 @@ def triton_convolution(node: Node, target: Target) -> Options:
             if chosen.columns <= max(2 * filters, 32) and (rows >= 8192 or chosen.rows <= 128):
                 yield f"triton_{text}", partial(make_dense, text)
         if rows <= 4096:
-            for text in ("16x32x128w4s4", "32x32x128w4s4", "64x32x128w4s4"):
+            for text in _CONV_FEW_ROWS:
                 yield f"triton_{text}", partial(make_dense, text)
         if channels < 16:
-            for text in ("128x32x32w4s3", "64x64x32w4s3", "128x64x32w8s3", "128x64x16w4s4"):
+            for text in _CONV_FEW_CHANNELS:
                 yield f"triton_{text}", partial(make_dense, text)
     elif a["group"] == filters and channels == 1 and _shape(node.inputs[0])[1] == filters:
         for block in ((16, 32), (32, 64), (64, 32), (8, 64), (16, 128)):
@@ -434,7 +439,7 @@ def transposed(node: Node, target: Target) -> Options:
     kernel = list(_shape(weight)[2:])
     apart = kernel == strides and strides[0] == strides[1] and dilations == [1, 1] and not any(pads) and not any(extra)
     if target.triton and apart and group == 1:
-        for text in ("128x64x64w4s3", "128x128x64w8s3", "64x64x64w4s4", "128x128x32w8s3"):
+        for text in _SPREAD_TILES:
             yield f"triton_{text}", partial(make_spread, text)
 
 
