@@ -1,11 +1,12 @@
 """Everything about the GPU path in one call: right against the reference, fast against the card, the engine on top.
 
-    python bench/gpu_check.py [--only kernels,timing,tuning,engine,speed,profile] [--json FILE]
+    python bench/gpu_check.py [--only kernels,timing,tuning,engine,long,speed,profile] [--json FILE]
 
 kernels  every kernel against trine.kernels.reference on random shapes
 timing   each kernel's time, as a share of what a copy (or a matrix product) reaches on this card in the same run
 tuning   the free choices of the attention kernels, timed
 engine   small random checkpoints: greedy tokens equal to Transformers' in float32, graphs on and off
+long     a trained model: answers of 1,024 tokens in bfloat16 beside Transformers'
 speed    tokens a second with random weights of real shapes (speed depends on shapes only)
 profile  where the time of a decode step goes
 """
@@ -35,7 +36,12 @@ from trine.kernels import triton as kernels
 from trine.kernels.triton import sampling
 from trine.kernels.triton.decode_attention import DecodeTuning, decode_attention
 from trine.kernels.triton.prefill_attention import PrefillTuning, prefill_attention
-from trine.kernels.triton.small_linear import MAX_ROWS, small_gated_linear, small_linear, small_qkv_linear
+from trine.kernels.triton.small_linear import (
+    MAX_ROWS,
+    small_gated_linear,
+    small_linear,
+    small_qkv_linear,
+)
 from trine.llm.batch import Batch
 from trine.llm.sampling import distribution
 
@@ -211,17 +217,22 @@ def check_small_qkv(
 ) -> Iterator[Check]:
     """The projection of one token with its rotation."""
     num_heads, num_kv_heads, size, _, cos_sin, *_ = fixed
-    x, weight = randn(1, 320, dtype=dtype), randn((num_heads + 2 * num_kv_heads) * size, 320, dtype=dtype)
-    positions, slots = batch.positions[-1:], batch.slots[-1:]
-    first, second = [cache.clone() for cache in stored], [cache.clone() for cache in stored]
-    qkv = reference.linear(x, weight, None)
-    expected = reference.prepare_qkv(
-        qkv, num_heads, num_kv_heads, size, positions, cos_sin, None, None, 0.0, *first, slots
-    )
-    actual = small_qkv_linear(x, weight, None, num_heads, num_kv_heads, size, positions, cos_sin, *second, slots)
-    yield compare("small_qkv_linear", actual, expected)
-    for ours, theirs in zip(second, first, strict=True):
-        yield compare("small_qkv_linear cache", _of_slots(ours, slots), _of_slots(theirs, slots))
+    outputs = (num_heads + 2 * num_kv_heads) * size
+    weight, bias = randn(outputs, 320, dtype=dtype) * 320**-0.5, randn(outputs, dtype=dtype)
+    ways = [("small_qkv_linear", small_qkv_linear, 1)]
+    if DEVICE.type == "cuda" and dtype != torch.float32 and size % 64 == 0:
+        from trine.kernels.triton.stream_linear import stream_qkv_linear
+
+        ways.append(("stream_qkv_linear", stream_qkv_linear, min(32, len(batch.slots))))
+    for name, way, rows in ways:
+        x, positions, slots = randn(rows, 320, dtype=dtype), batch.positions[-rows:], batch.slots[-rows:]
+        heads = (num_heads, num_kv_heads, size, positions, cos_sin)
+        first, second = [cache.clone() for cache in stored], [cache.clone() for cache in stored]
+        qkv = reference.linear(x, weight, bias)
+        expected = reference.prepare_qkv(qkv, *heads, None, None, 0.0, *first, slots)
+        yield compare(name, way(x, weight, bias, *heads, *second, slots), expected)
+        for ours, theirs in zip(second, first, strict=True):
+            yield compare(f"{name} cache", _of_slots(ours, slots), _of_slots(theirs, slots))
 
 
 def _of_slots(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -443,7 +454,7 @@ def tune(report: Report) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="kernels,timing,tuning,engine,speed,profile")
+    parser.add_argument("--only", default="kernels,timing,tuning,engine,long,speed,profile")
     parser.add_argument("--rounds", type=int, default=24, help="random shapes that every kernel is checked on")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
     parser.add_argument("--shapes", default=",".join(gpu_engine.SHAPES), help="models whose speed is measured")
@@ -454,6 +465,7 @@ def main() -> None:
     print(f"{place}; torch {torch.__version__}; seed {options.seed}", flush=True)
     report.part("kernels", lambda: check_kernels(report, options.rounds, options.seed))
     report.part("engine", lambda: gpu_engine.check_engine(report))
+    report.part("long", lambda: gpu_engine.check_long(report))
     if DEVICE.type == "cuda":
         profiled = "profile" in report.sections
         for shape in options.shapes.split(","):

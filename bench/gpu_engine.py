@@ -96,6 +96,46 @@ def check_engine(report: Report, count: int = 48) -> None:
                 report.fail(f"engine {name}: tokens differ")
 
 
+@torch.no_grad()
+def check_long(report: Report, requests: int = 64, count: int = 1024) -> None:
+    """A trained model's greedy answers in bfloat16, token by token what a loop over Transformers' would choose: its
+    logits for our answers show where it would part. There both tokens must be as good as tied.
+    """
+    import transformers
+
+    from trine.evaluation import TASKS, make_items
+    from trine.llm.loading import resolve_model
+
+    directory = str(resolve_model("tiny"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(DEVICE).eval()
+    head = model.get_output_embeddings().weight.float()
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    each = -(-requests // len(TASKS))
+    items = [item for task in TASKS for item in make_items(task, 0, each, "heldout", lambda texts: [*map(len, texts)])]
+    with LLM("tiny", dtype="bfloat16") as llm:
+        prompts = [llm.tokenizer.render_chat(list(item.messages)) for item in items[:requests]]
+        for name, batch in (("alone", prompts[:4]), ("together", prompts)):
+            groups = [[prompt] for prompt in batch] if name == "alone" else [batch]
+            gaps = []
+            for output in (output for group in groups for output in llm.generate(group, params)):
+                answer = list(output.outputs[0].token_ids)
+                ids = torch.tensor([output.prompt_token_ids + answer], device=DEVICE)
+                logits = model.model(ids).last_hidden_state[0, -count - 1 : -1].float() @ head.T
+                chosen = torch.tensor(answer, device=DEVICE)
+                parted = (logits.argmax(1) != chosen).nonzero()
+                if len(parted):
+                    first = logits[parted[0, 0]]
+                    gaps.append(float(first.max() - first[answer[int(parted[0, 0])]]))
+            equal = f"{len(batch) - len(gaps)}/{len(batch)}"
+            worst = max(gaps, default=0.0)
+            report.show("long", name, tokens=count, equal_to_transformers=equal, largest_first_gap=worst)
+            if worst > TIE:
+                report.fail(f"long {name}: a token differs with a gap of {worst:.3f} between the logits")
+
+
+TIE = 0.25  # between logits of 10 to 20, which bfloat16 rounds by 0.06, after layers that round alike
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,

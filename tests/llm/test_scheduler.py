@@ -167,6 +167,26 @@ def test_a_long_prompt_does_not_stall_decodes() -> None:
         scheduler.update(step, device.run(step), None, {})
 
 
+@pytest.mark.parametrize(("prompts", "first_steps"), [(1, [2049, 2049, 2049, 2049, 1]), (4, [8192, 8192, 8192, 2049])])
+def test_prompts_that_do_not_pile_up_take_a_part_of_a_step(prompts: int, first_steps: list[int]) -> None:
+    scheduler, device = make(
+        max_num_batched_tokens=8192, block_size=64, num_blocks=600, max_model_len=8320, max_num_seqs=4
+    )
+    scheduler.add(request(0, [2, 3], 100), 0.0)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    scheduler.update(step, device.run(step), None, {})
+    for sequence_id in range(1, prompts + 1):
+        scheduler.add(request(sequence_id, [3 + sequence_id] * 8192, 1), 0.0)
+    sizes = []
+    for _ in first_steps:
+        step = scheduler.schedule(0.0)
+        assert step is not None
+        sizes.append(step.num_tokens)
+        scheduler.update(step, device.run(step), None, {})
+    assert sizes == first_steps
+
+
 def test_priority_goes_first_and_preempts_last() -> None:
     scheduler, device = make(max_num_seqs=1, num_blocks=30)
     order = []

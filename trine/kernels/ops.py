@@ -18,7 +18,7 @@ from typing import Literal, cast
 import torch
 
 from trine.kernels import fp8, reference
-from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.fp8 import Fp8Weight, Rows
 from trine.kernels.types import Backend, DecoderLayer, PackedWeight, PagedBatch, Weight
 
 _reference_only = os.environ.get("TRINE_KERNELS", "") == "reference"
@@ -164,7 +164,7 @@ def linear_silu_mul(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -
     return y
 
 
-def _rounds_for(reader: Weight, x: torch.Tensor | Fp8Rows) -> bool:
+def _rounds_for(reader: Weight, x: Rows) -> bool:
     """Whether the kernel that makes x's successor, [T, …] like x, rounds it for the product with `reader`."""
     return isinstance(reader, Fp8Weight) and x.is_cuda and not _reference_only and _gpu_fp8().rounds(x.shape[0])
 
@@ -195,6 +195,24 @@ def add_rms_norm_for(reader: Weight, x: torch.Tensor, residual: torch.Tensor, we
     if not _rounds_for(reader, x):
         return add_rms_norm(x, residual, weight, eps)
     return cast(Rows, _gpu_fp8().add_rms_norm_rows(x, residual, weight, eps))
+
+
+def linear_add_norm(
+    x: Rows,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    reader: Weight | None,
+) -> Rows:
+    """Add `linear(x, weight, bias)` to `residual` [T, N] in place; the RMS norm of the sum with weight `norm` [N], in
+    the form that the product with `reader` takes fastest, or a tensor without a reader.
+    """
+    y = linear_add(x, weight, bias, residual)
+    if reader is None:
+        return rms_norm(residual, norm, eps) if y is None else add_rms_norm(y, residual, norm, eps)
+    return rms_norm_for(reader, residual, norm, eps) if y is None else add_rms_norm_for(reader, y, residual, norm, eps)
 
 
 def embedding(token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -316,9 +334,9 @@ def linear_prepare_qkv(
     v_scale: float = 1.0,
 ) -> torch.Tensor:
     """`prepare_qkv` of `linear(x, weight, bias)`, in one pass where the back end can."""
-    plain = isinstance(weight, torch.Tensor) and isinstance(x, torch.Tensor) and k_cache.dtype == x.dtype
+    plain = isinstance(weight, torch.Tensor | Fp8Weight) and isinstance(x, torch.Tensor) and k_cache.dtype == x.dtype
     if plain and x.is_cuda and not _reference_only and cos_sin is not None and q_norm is None and k_norm is None:
-        q: torch.Tensor | None = import_module("trine.kernels.triton").linear_prepare_qkv(
+        q: torch.Tensor | None = _reader(type(weight), True).linear_prepare_qkv(
             x, weight, bias, num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots
         )
         if q is not None:

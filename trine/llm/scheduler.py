@@ -17,6 +17,9 @@ from trine.llm.cache.prefix import extend_identities, root_identity
 from trine.llm.outputs import EngineStats, FinishReason
 from trine.llm.request import Sequence, SequenceOutput, SequenceRequest, Status, TokenScores
 
+PROMPT_SHARE = 2048
+"""Prompt tokens that a step takes beside decodes while prompts don't pile up: with more, each is no cheaper."""
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -153,7 +156,12 @@ class Scheduler:
             self._expire(now)
         step = Step()
         plan: list[Assignment] = []
-        budget = self._continue_running(plan, step, self.limits.max_num_batched_tokens)
+        budget, prefilling = self._continue_decoding(plan, step, self.limits.max_num_batched_tokens)
+        if plan:
+            budget = min(budget, self._prompt_share(prefilling))
+        for sequence in prefilling:
+            remaining = sequence.num_tokens - sequence.num_computed
+            budget -= self._continue(sequence, min(remaining, budget), plan, step)
         self._admit_waiting(plan, step, budget, now)
         if not plan:
             return None
@@ -199,8 +207,9 @@ class Scheduler:
         self.stats.generated_tokens += num_tokens
         return outputs
 
-    def _continue_running(self, plan: list[Assignment], step: Step, budget: int) -> int:
-        """Decodes first, so that a long prompt never stalls them; then running prefills.
+    def _continue_decoding(self, plan: list[Assignment], step: Step, budget: int) -> tuple[int, list[Sequence]]:
+        """Decodes first, so that a long prompt never stalls them. Returns what is left of the budget, and the running
+        sequences that have more than a token to compute.
 
         Every running sequence comes by in every step, so that properties are spelled out here and below.
         """
@@ -211,10 +220,19 @@ class Scheduler:
                 budget -= self._continue(sequence, min(1, budget), plan, step)
             elif remaining > 1:
                 prefilling.append(sequence)
-        for sequence in prefilling:
-            remaining = sequence.num_tokens - sequence.num_computed
-            budget -= self._continue(sequence, min(remaining, budget), plan, step)
-        return budget
+        return budget, prefilling
+
+    def _prompt_share(self, prefilling: list[Sequence]) -> int:
+        """Prompt tokens that a step takes beside decodes, which wait for them: few as long as prompts are served about
+        as fast as they come, all that fit when they pile up.
+        """
+        most = self.limits.max_num_batched_tokens
+        backlog = sum(sequence.num_tokens - sequence.num_computed for sequence in prefilling)
+        for _, sequence in self._waiting:
+            if backlog > 2 * most:
+                break
+            backlog += sequence.num_tokens
+        return most if backlog > 2 * most else PROMPT_SHARE
 
     def _continue(self, sequence: Sequence, count: int, plan: list[Assignment], step: Step) -> int:
         """Assign a running sequence its next `count` tokens; returns how many it got."""

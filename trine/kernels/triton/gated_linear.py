@@ -12,8 +12,15 @@ from trine.kernels.fp8 import Fp8Weight, Rows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.small_linear import is_ours, linear, small_gated_linear, streams
 
-FUSED_ROWS = 2048
-"""Rows from which on there are several tiles for each multiprocessor; with fewer the library's choice of tiles pays."""
+FUSED_ROWS = 1024
+"""Rows from which on there are several tiles for each multiprocessor; with fewer the library's choice of tiles pays,
+but where two rounds of full tiles fit the rows."""
+
+FULL_ROWS = (range(104, 129), range(232, 257))
+
+
+def _pays(num_rows: int) -> bool:
+    return num_rows >= FUSED_ROWS or any(num_rows in rows for rows in FULL_ROWS)
 
 
 @cache
@@ -29,7 +36,7 @@ def _hopper(device: torch.device) -> ModuleType | None:
 
 def fused(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
     """silu(gate) * up of the product, [T, I], by one kernel; None where there is none for it."""
-    if bias is not None or x.shape[0] < FUSED_ROWS:
+    if bias is not None or not _pays(x.shape[0]):
         return None
     hopper = _hopper(x.device)
     if hopper is None or not hopper.supports(x, weight):
@@ -43,7 +50,7 @@ def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if bias is None and x.shape[0] == 1 and is_ours(x, weight):
         return small_gated_linear(x, weight)
     stream = streams(x, weight) if bias is None else None
-    if stream is not None and stream.can_stream_gated(weight):
+    if stream is not None and stream.can_stream_pairs(weight, weight.shape[0] // 2):
         streamed: torch.Tensor = stream.stream_gated_linear(x, weight)
         return streamed
     y = fused(x, weight, bias)

@@ -22,6 +22,7 @@ from trine.kernels.triton.device import early_launch, wait_for_inputs
 MAX_ROWS = 4
 STREAMED_ROWS = 32
 STREAMED_BYTES = 16 << 20  # smaller weights are latency, not bandwidth
+SMALL_BYTES = 24 << 20
 _TILE_BYTES = 32768  # of weights that a program has in flight
 
 
@@ -40,18 +41,23 @@ def _accumulate(
 
 
 @triton.jit
+def _first_tile(weight_ptr, weight_rows, present, inputs, weight_stride, k_block: tl.constexpr):
+    """The first columns of the weight's rows `weight_rows` [n]: asked for before the kernel in front is done."""
+    columns = tl.arange(0, k_block)
+    row_ptr = weight_ptr + weight_rows.to(tl.int64)[:, None] * weight_stride
+    return tl.load(row_ptr + columns[None, :], mask=present[:, None] & (columns < inputs)[None, :], other=0.0)
+
+
+@triton.jit
 def _products(
-    x_ptr, weight_ptr, weight_rows, present, inputs, x_stride, weight_stride,
+    x_ptr, weight_ptr, weight, weight_rows, present, inputs, x_stride, weight_stride,
     num_rows: tl.constexpr, rows_block: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
-    early: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of the weight's rows `weight_rows` [n] with every row of x, [rows_block, n] float32; the first
-    weights are asked for before the kernel in front is done.
+    """Dot products of the weight's rows `weight_rows` [n], of which `weight` are the first columns, with every row of
+    x: [rows_block, n] float32.
     """
     weight_row_ptr = weight_ptr + weight_rows.to(tl.int64)[:, None] * weight_stride
     columns = tl.arange(0, k_block)
-    weight = tl.load(weight_row_ptr + columns[None, :], mask=present[:, None] & (columns < inputs)[None, :], other=0.0)
-    wait_for_inputs(early)
     acc = tl.zeros([rows_block, row_block], tl.float32)
     acc = _accumulate(acc, weight, x_ptr, x_stride, columns, inputs, num_rows, rows_block)
     for start in range(k_block, inputs, k_block):
@@ -72,9 +78,11 @@ def _small_linear_kernel(
     """Program i: outputs i * row_block to (i + 1) * row_block of every row of x."""
     weight_rows = tl.program_id(0) * row_block + tl.arange(0, row_block)
     present = weight_rows < outputs
+    weight = _first_tile(weight_ptr, weight_rows, present, inputs, weight_stride, k_block)
+    wait_for_inputs(early)
     acc = _products(
-        x_ptr, weight_ptr, weight_rows, present, inputs, x_stride, weight_stride,
-        num_rows, rows_block, row_block, k_block, early,
+        x_ptr, weight_ptr, weight, weight_rows, present, inputs, x_stride, weight_stride,
+        num_rows, rows_block, row_block, k_block,
     )  # fmt: skip
     if has_scales:
         acc *= tl.load(scales_ptr + weight_rows, mask=present, other=0.0).to(tl.float32)[None, :]
@@ -96,8 +104,10 @@ def _small_gated_kernel(
     weight_rows = tl.program_id(0) * pairs + numbers // 2
     present = weight_rows < outputs
     weight_rows += numbers % 2 * outputs
+    weight = _first_tile(weight_ptr, weight_rows, present, inputs, weight_stride, k_block)
+    wait_for_inputs(early)
     acc = _products(
-        x_ptr, weight_ptr, weight_rows, present, inputs, 0, weight_stride, 1, 1, row_block, k_block, early
+        x_ptr, weight_ptr, weight, weight_rows, present, inputs, 0, weight_stride, 1, 1, row_block, k_block
     )  # fmt: skip
     if has_scales:
         acc *= tl.load(scales_ptr + weight_rows, mask=present, other=0.0).to(tl.float32)[None, :]
@@ -109,32 +119,35 @@ def _small_gated_kernel(
 
 @triton.jit
 def _small_qkv_kernel(
-    x_ptr, weight_ptr, bias_ptr, q_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, cos_sin_ptr, slots_ptr,
+    x_ptr, weight_ptr, scales_ptr, bias_ptr, q_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, cos_sin_ptr, slots_ptr,
     inputs, weight_stride, cache_block_stride, cache_head_stride, cache_token_stride, num_heads, num_kv_heads,
-    has_bias: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr, early: tl.constexpr,
-    row_block: tl.constexpr, k_block: tl.constexpr,
+    has_scales: tl.constexpr, has_bias: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr,
+    early: tl.constexpr, row_block: tl.constexpr, k_block: tl.constexpr,
 ):  # fmt: skip
     """Program i: row_block / 2 pairs of elements of one token's projection that turn together: i and i + head_dim / 2
     of a head. Queries go to q, keys and values to the cache.
     """
     pairs: tl.constexpr = row_block // 2
     half: tl.constexpr = head_dim // 2
-    cos_sin_row = cos_sin_ptr + tl.load(positions_ptr) * head_dim
-    slot = tl.load(slots_ptr)
     numbers = tl.arange(0, row_block)
     row_pairs = tl.program_id(0) * pairs + numbers // 2
     weight_rows = row_pairs // half * head_dim + row_pairs % half + numbers % 2 * half
     present = row_pairs < (num_heads + 2 * num_kv_heads) * half
+    weight = _first_tile(weight_ptr, weight_rows, present, inputs, weight_stride, k_block)
+    cos_sin_row = cos_sin_ptr + tl.load(positions_ptr) * head_dim
+    slot = tl.load(slots_ptr)
     own = tl.program_id(0) * pairs + tl.arange(0, pairs)
     head = own // half
     dims = own % half
-    inside = head < num_heads + 2 * num_kv_heads
     turned = head < num_heads + num_kv_heads
     cos = tl.load(cos_sin_row + dims, mask=turned, other=1.0)
     sin = tl.load(cos_sin_row + half + dims, mask=turned, other=0.0)
+    wait_for_inputs(early)
     acc = _products(
-        x_ptr, weight_ptr, weight_rows, present, inputs, 0, weight_stride, 1, 1, row_block, k_block, early
+        x_ptr, weight_ptr, weight, weight_rows, present, inputs, 0, weight_stride, 1, 1, row_block, k_block
     )  # fmt: skip
+    if has_scales:
+        acc *= tl.load(scales_ptr + weight_rows, mask=present, other=0.0).to(tl.float32)[None, :]
     if has_bias:
         acc += tl.load(bias_ptr + weight_rows, mask=present, other=0.0).to(tl.float32)[None, :]
     acc = acc.to(q_ptr.dtype.element_ty).to(tl.float32)  # as if it were two kernels
@@ -151,15 +164,19 @@ def _small_qkv_kernel(
     tl.store(k_cache_ptr + k_at, turned_first, mask=is_key)
     tl.store(k_cache_ptr + k_at + half, turned_second, mask=is_key)
     v_at = place + (head - num_heads - num_kv_heads) * cache_head_stride
-    is_value = inside & (head >= num_heads + num_kv_heads)
+    is_value = (head < num_heads + 2 * num_kv_heads) & (head >= num_heads + num_kv_heads)
     tl.store(v_cache_ptr + v_at, turned_first, mask=is_value)
     tl.store(v_cache_ptr + v_at + half, turned_second, mask=is_value)
 
 
-def _blocks(inputs: int, itemsize: int) -> dict[str, int]:
-    """Weight rows and columns of a program's tile."""
-    k_block = min(triton.next_power_of_2(inputs), 4096)
-    return {"row_block": min(_TILE_BYTES // itemsize // k_block, 8), "k_block": k_block}
+def _blocks(weight: torch.Tensor) -> dict[str, int]:
+    """Weight rows and columns of a program's tile. Of a small matrix too there are a few for each multiprocessor."""
+    k_block = triton.next_power_of_2(weight.shape[1])
+    if weight.itemsize == 1:  # widening takes registers
+        return {"row_block": 4, "k_block": min(k_block, 2048)}
+    k_block = min(k_block, 4096)
+    tile_bytes = _TILE_BYTES if weight.nbytes > SMALL_BYTES else _TILE_BYTES // 2
+    return {"row_block": max(min(tile_bytes // weight.itemsize // k_block, 8), 2), "k_block": k_block}
 
 
 def small_linear(
@@ -179,7 +196,7 @@ def small_linear(
         raise ValueError(f"{num_rows} rows: small_linear takes 1 to {MAX_ROWS}")
     outputs = weight.shape[0]
     y = torch.empty((num_rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
-    blocks = _blocks(inputs, weight.itemsize)
+    blocks = _blocks(weight)
     _small_linear_kernel[(triton.cdiv(outputs, blocks["row_block"]),)](
         x,
         weight,
@@ -208,20 +225,20 @@ def small_gated_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tens
     weight is of x's dtype, or float8 with `scales` [2I] float32, one a row; see `small_linear`.
     """
     inputs, outputs = x.shape[1], weight.shape[0] // 2
-    y = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    blocks = _blocks(inputs, weight.itemsize)
+    y = torch.empty((1, outputs), dtype=x.dtype, device=weight.device)
+    blocks = _blocks(weight)
     _small_gated_kernel[(triton.cdiv(outputs, blocks["row_block"] // 2),)](
         x,
         weight,
         scales,
         y,
-        inputs,
-        outputs,
-        weight.stride(0),
+        inputs=inputs,
+        outputs=outputs,
+        weight_stride=weight.stride(0),
         has_scales=scales is not None,
         num_warps=4,
         **blocks,
-        **early_launch(x.device),
+        **early_launch(weight.device),
     )
     return y
 
@@ -238,14 +255,19 @@ def small_qkv_linear(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`prepare_qkv(linear(x, weight, bias), ...)` for x [1, K] without head norms, rotating whole heads."""
+    """`prepare_qkv(linear(x, weight, bias), ...)` for x [1, K] without head norms, rotating whole heads.
+
+    weight is of x's dtype, or float8 with `scales`, one a row; see `small_linear`.
+    """
     inputs = x.shape[1]
-    q = torch.empty((1, num_heads, head_dim), dtype=x.dtype, device=x.device)
-    blocks = _blocks(inputs, weight.itemsize)
+    q = torch.empty((1, num_heads, head_dim), dtype=x.dtype, device=weight.device)
+    blocks = _blocks(weight)
     _small_qkv_kernel[(triton.cdiv(weight.shape[0], blocks["row_block"]),)](
         x,
         weight,
+        scales,
         bias,
         q,
         k_cache,
@@ -253,19 +275,20 @@ def small_qkv_linear(
         positions,
         cos_sin,
         slots,
-        inputs,
-        weight.stride(0),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
-        num_heads,
-        num_kv_heads,
+        inputs=inputs,
+        weight_stride=weight.stride(0),
+        cache_block_stride=k_cache.stride(0),
+        cache_head_stride=k_cache.stride(1),
+        cache_token_stride=k_cache.stride(2),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        has_scales=scales is not None,
         has_bias=bias is not None,
         block_size=k_cache.shape[2],
         head_dim=head_dim,
         num_warps=4,
         **blocks,
-        **early_launch(x.device),
+        **early_launch(weight.device),
     )
     return q
 
@@ -283,14 +306,14 @@ def _stream(device: torch.device) -> ModuleType | None:
 
 def is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a product of one row of x is ours: of a 16-bit type."""
-    return x.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1
+    return weight.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1
 
 
 def streams(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
     """The module whose product is the fastest for few rows of x, None where it is not or can't be."""
     if not (is_ours(x, weight) and x.shape[0] <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES):
         return None
-    stream = _stream(x.device)
+    stream = _stream(weight.device)
     return stream if stream is not None and stream.can_stream(x, weight) else None
 
 
@@ -307,27 +330,35 @@ def linear_prepare_qkv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor | None:
-    """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, of one row; None where that is two kernels."""
-    if x.shape[0] != 1 or not is_ours(x, weight) or cos_sin.shape[1] != head_dim:
+    """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, for few rows; None where it takes two kernels."""
+    if cos_sin.shape[1] != head_dim or not is_ours(x, weight):
         return None
-    return small_qkv_linear(
-        x, weight, bias, num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots
-    )
+    own = (num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots)
+    if x.shape[0] == 1:
+        return small_qkv_linear(x, weight, bias, *own)
+    stream = streams(x, weight)
+    if stream is None or not stream.can_stream_pairs(weight, head_dim // 2):
+        return None
+    q: torch.Tensor = stream.stream_qkv_linear(x, weight, bias, *own)
+    return q
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`.
 
     Few rows of a 16-bit type are ours: the library reaches less of the memory's speed there. All else is the library's.
     """
-    if x.shape[0] == 1 and is_ours(x, weight):
-        return small_linear(x, weight, bias, out_dtype=out_dtype)
-    stream = streams(x, weight)
+    stream = streams(x, weight) if x.shape[0] > 1 else None
     if stream is not None:
         streamed: torch.Tensor = stream.stream_linear(x, weight, bias, out_dtype)
         return streamed
+    if x.shape[0] == 1 and is_ours(x, weight):
+        return small_linear(x, weight, bias, out_dtype=out_dtype)
     if x.is_cuda and x.itemsize == 2 and out_dtype == torch.float32 and bias is None:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = F.linear(x, weight, bias)

@@ -18,11 +18,12 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trine.kernels.triton.device import num_multiprocessors
+from trine.kernels.triton.hopper_attention import async_load, barrier
 
 MAX_ROWS = 32
 N_BLOCK = 64
@@ -32,27 +33,36 @@ _MAX_TILES = 1 << 16
 
 
 @gluon.jit
+def _first_row(tile, tiles_a_jump, jump, n_block: gl.constexpr, paired: gl.constexpr):
+    """The weight row that a tile starts at; if `paired`, of its first half."""
+    if paired:
+        return tile // tiles_a_jump * jump + tile % tiles_a_jump * (n_block // 2)
+    else:
+        return tile * n_block
+
+
+@gluon.jit
 def _fetch_weights(
-    w_desc, x_desc, step, k_steps, outputs, ready, ring, wanted,
-    n_block: gl.constexpr, k_block: gl.constexpr, gated: gl.constexpr,
+    w_desc, x_desc, step, k_steps, tiles_a_jump, jump, pair_distance, ready, ring, wanted,
+    n_block: gl.constexpr, k_block: gl.constexpr, paired: gl.constexpr,
 ):  # fmt: skip
-    """Ask for the weights of a step, if `gated` half of them the gate's; `ready` will count their bytes and x's."""
+    """Ask for the weights of a step; `ready` will count their bytes and x's."""
     size: gl.constexpr = n_block * k_block * w_desc.dtype.primitive_bitwidth // 8
     mbarrier.expect(ready, size + x_desc.block_type.nbytes, pred=wanted)
-    tile = step // k_steps
+    row = _first_row(step // k_steps, tiles_a_jump, jump, n_block, paired)
     column = step % k_steps * k_block
-    if gated:
+    if paired:
         half: gl.constexpr = n_block // 2
-        tma.async_copy_global_to_shared(w_desc, [tile * half, column], ready, ring.slice(0, half, 0), pred=wanted)
-        up = ring.slice(half, half, 0)
-        tma.async_copy_global_to_shared(w_desc, [outputs + tile * half, column], ready, up, pred=wanted)
+        async_load(w_desc, [row, column], ready, ring.slice(0, half, 0), pred=wanted)
+        second = ring.slice(half, half, 0)
+        async_load(w_desc, [row + pair_distance, column], ready, second, pred=wanted)
     else:
-        tma.async_copy_global_to_shared(w_desc, [tile * n_block, column], ready, ring, pred=wanted)
+        async_load(w_desc, [row, column], ready, ring, pred=wanted)
 
 
 @gluon.jit
 def _fetch_x(x_desc, step, k_steps, ready, ring, wanted, k_block: gl.constexpr):
-    tma.async_copy_global_to_shared(x_desc, [0, step % k_steps * k_block], ready, ring, pred=wanted)
+    async_load(x_desc, [0, step % k_steps * k_block], ready, ring, pred=wanted)
 
 
 @gluon.jit
@@ -67,7 +77,7 @@ def _add_up(
     program, programs = gl.program_id(0), gl.num_programs(0)
     own = program * 2 + (program * total // programs <= begin).to(gl.int32)  # a program has two parts at most
     gl.store(parts_ptr + own.to(gl.int64) * size + place, acc)
-    gl.thread_barrier()
+    barrier()
     first_program = ((begin + 1) * programs - 1) // total
     last_program = (end * programs - 1) // total
     is_last = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == last_program - first_program
@@ -81,31 +91,94 @@ def _add_up(
 
 
 @gluon.jit
-def _store_gated(
-    acc, y_ptr, y_stride, tile, num_rows, outputs, n_block: gl.constexpr, rows_block: gl.constexpr
-):  # fmt: skip
-    """Write silu(gate) * up of a tile: the gates are the first half of acc [n_block, rows_block]."""
-    half: gl.constexpr = n_block // 2
-    lanes: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
-    gate, up = gl.split(gl.convert_layout(acc.reshape([2, half, rows_block]).permute((1, 2, 0)), lanes))
-    y = gate / (1.0 + gl.exp(-gate)) * up
-    layout: gl.constexpr = gl.SliceLayout(2, lanes)
-    n = tile * half + gl.arange(0, half, gl.SliceLayout(1, layout))
-    rows = gl.arange(0, rows_block, gl.SliceLayout(0, layout))
+def _store_plain(acc, bias_ptr, y_ptr, y_stride, row, num_rows, outputs, has_bias: gl.constexpr, layout: gl.constexpr):
+    n = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    rows = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    if has_bias:
+        acc += gl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(gl.float32)[:, None]
     inside = (rows < num_rows)[None, :] & (n < outputs)[:, None]
+    gl.store(y_ptr + rows[None, :] * y_stride + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _halves(acc):
+    """The first and the second half of acc [N, rows], element by element side by side in each thread."""
+    lanes: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
+    half: gl.constexpr = acc.shape[0] // 2
+    first, second = gl.split(gl.convert_layout(acc.reshape([2, half, acc.shape[1]]).permute((1, 2, 0)), lanes))
+    return first, second
+
+
+@gluon.jit
+def _store_gated(acc, y_ptr, y_stride, row, num_rows, outputs):
+    """y is silu(gate) * up of a tile, whose first half are the gates."""
+    gate, up = _halves(acc)
+    n = row + gl.arange(0, gate.shape[0], gl.SliceLayout(1, gate.type.layout))
+    rows = gl.arange(0, gate.shape[1], gl.SliceLayout(0, gate.type.layout))
+    inside = (rows < num_rows)[None, :] & (n < outputs)[:, None]
+    y = gate / (1.0 + gl.exp(-gate)) * up
     gl.store(y_ptr + rows[None, :] * y_stride + n[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
+def _store_turned(
+    acc, bias_ptr, q_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, slots_ptr, cos_sin_ptr,
+    cache_block_stride, cache_head_stride, cache_token_stride, tile, tiles_a_head, num_rows, num_heads, num_kv_heads,
+    has_bias: gl.constexpr, block_size: gl.constexpr, head_dim: gl.constexpr,
+):  # fmt: skip
+    """Rotate a tile: dimensions of one head and those they turn with. Queries go to q, the rest to the cache."""
+    half: gl.constexpr = head_dim // 2
+    first, second = _halves(acc)
+    d = tile % tiles_a_head * first.shape[0] + gl.arange(0, first.shape[0], gl.SliceLayout(1, first.type.layout))
+    rows = gl.arange(0, first.shape[1], gl.SliceLayout(0, first.type.layout))
+    inside = (rows < num_rows)[None, :] & (d < half)[:, None]
+    head = tile // tiles_a_head
+    if has_bias:
+        first += gl.load(bias_ptr + head * head_dim + d).to(gl.float32)[:, None]
+        second += gl.load(bias_ptr + head * head_dim + half + d).to(gl.float32)[:, None]
+    kind: gl.constexpr = q_ptr.dtype.element_ty
+    first = first.to(kind)  # as if it were two kernels
+    second = second.to(kind)
+    if head < num_heads + num_kv_heads:
+        position = gl.load(positions_ptr + rows, mask=rows < num_rows, other=0)
+        cos_sin_row = cos_sin_ptr + position[None, :] * head_dim + d[:, None]
+        cos = gl.load(cos_sin_row, mask=inside, other=0.0)
+        sin = gl.load(cos_sin_row + half, mask=inside, other=0.0)
+        a = first.to(gl.float32)
+        b = second.to(gl.float32)
+        first = (a * cos - b * sin).to(kind)
+        second = (b * cos + a * sin).to(kind)
+    if head < num_heads:
+        q_at = (rows[None, :] * num_heads + head) * head_dim + d[:, None]
+        gl.store(q_ptr + q_at, first, mask=inside)
+        gl.store(q_ptr + q_at + half, second, mask=inside)
+    else:
+        slot = gl.load(slots_ptr + rows, mask=rows < num_rows, other=0)
+        place = slot // block_size * cache_block_stride + slot % block_size * cache_token_stride
+        own = (head - num_heads) % num_kv_heads
+        at = place[None, :] + own * cache_head_stride + d[:, None]
+        if head < num_heads + num_kv_heads:
+            gl.store(k_cache_ptr + at, first, mask=inside)
+            gl.store(k_cache_ptr + at + half, second, mask=inside)
+        else:
+            gl.store(v_cache_ptr + at, first, mask=inside)
+            gl.store(v_cache_ptr + at + half, second, mask=inside)
+
+
+@gluon.jit(do_not_specialize=["num_rows"])
 def _stream_kernel(
     w_desc, x_desc, bias_ptr, y_ptr, parts_ptr, arrivals_ptr, num_rows, outputs, k_steps, total, y_stride,
+    tiles_a_jump, jump, pair_distance,
+    k_cache_ptr, v_cache_ptr, positions_ptr, slots_ptr, cos_sin_ptr,
+    cache_block_stride, cache_head_stride, cache_token_stride, num_heads, num_kv_heads,
     n_block: gl.constexpr, k_block: gl.constexpr, rows_block: gl.constexpr, stages: gl.constexpr,
-    has_bias: gl.constexpr, gated: gl.constexpr,
+    has_bias: gl.constexpr, after: gl.constexpr, block_size: gl.constexpr, head_dim: gl.constexpr,
 ):  # fmt: skip
     """Program i of P takes steps i * total // P to (i + 1) * total // P; tile t is steps t * k_steps and on.
 
-    If `gated`, a tile is half as many outputs, of a gate row and an up row each: y is silu(gate) * up.
+    `after` says what becomes of a tile.
     """
+    paired: gl.constexpr = (after == "gate") | (after == "turn")
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, rows_block, 16])
     first = gl.program_id(0) * total // gl.num_programs(0)
     count = (gl.program_id(0) + 1) * total // gl.num_programs(0) - first
@@ -116,8 +189,8 @@ def _stream_kernel(
         mbarrier.init(ready.index(i), count=1)
     for i in gl.static_range(stages):
         _fetch_weights(
-            w_desc, x_desc, first + i, k_steps, outputs, ready.index(i), w_ring.index(i), i < count,
-            n_block, k_block, gated,
+            w_desc, x_desc, first + i, k_steps, tiles_a_jump, jump, pair_distance, ready.index(i), w_ring.index(i),
+            i < count, n_block, k_block, paired,
         )  # fmt: skip
     gdc_launch_dependents()
     gdc_wait()
@@ -133,11 +206,11 @@ def _stream_kernel(
         mbarrier.wait(ready.index(slot), (i // stages) & 1)
         acc = warpgroup_mma(w_ring.index(slot), x_ring.index(slot).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        gl.thread_barrier()  # all warps have read the slot
+        barrier()  # all warps have read the slot
         more = i + stages < count
         _fetch_weights(
-            w_desc, x_desc, step + stages, k_steps, outputs, ready.index(slot), w_ring.index(slot), more,
-            n_block, k_block, gated,
+            w_desc, x_desc, step + stages, k_steps, tiles_a_jump, jump, pair_distance, ready.index(slot),
+            w_ring.index(slot), more, n_block, k_block, paired,
         )  # fmt: skip
         _fetch_x(x_desc, step + stages, k_steps, ready.index(slot), x_ring.index(slot), more, k_block)
         if ((step + 1) % k_steps == 0) | (i + 1 == count):
@@ -149,14 +222,18 @@ def _stream_kernel(
                     acc, parts_ptr, arrivals_ptr, place, tile, begin, begin + k_steps, total,
                     n_block, rows_block, layout,
                 )  # fmt: skip
-            if whole and gated:
-                _store_gated(y, y_ptr, y_stride, tile, num_rows, outputs, n_block, rows_block)
-            elif whole:
-                n = tile * n_block + n_in_tile
-                if has_bias:
-                    y += gl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(gl.float32)[:, None]
-                inside = (rows < num_rows)[None, :] & (n < outputs)[:, None]
-                gl.store(y_ptr + rows[None, :] * y_stride + n[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+            if whole:
+                row = _first_row(tile, tiles_a_jump, jump, n_block, paired)
+                if after == "gate":
+                    _store_gated(y, y_ptr, y_stride, row, num_rows, outputs)
+                elif after == "turn":
+                    _store_turned(
+                        y, bias_ptr, y_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, slots_ptr, cos_sin_ptr,
+                        cache_block_stride, cache_head_stride, cache_token_stride, tile, tiles_a_jump, num_rows,
+                        num_heads, num_kv_heads, has_bias, block_size, head_dim,
+                    )  # fmt: skip
+                else:
+                    _store_plain(y, bias_ptr, y_ptr, y_stride, row, num_rows, outputs, has_bias, layout)
             acc = gl.zeros([n_block, rows_block], gl.float32, layout)
 
 
@@ -178,61 +255,97 @@ def can_stream(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def can_stream_gated(weight: torch.Tensor) -> bool:
-    """Whether `stream_gated_linear` takes it, given that `can_stream`: tiles are half gate, half up."""
-    return weight.shape[0] % N_BLOCK == 0
+def can_stream_pairs(weight: torch.Tensor, half: int) -> bool:
+    """Whether tiles of pairs fit: of gate and up (half is I), or of dimensions that turn together (half of a head)."""
+    return half % (N_BLOCK // 2) == 0 and weight.shape[0] % N_BLOCK == 0
 
 
 def stream_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`.
 
     T is 1 to MAX_ROWS. Nothing may write to the weights in the kernels just before: they are read while those run.
     """
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
-    _launch(x, weight, bias, y, gated=False)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype, device=weight.device)
+    _launch(x, weight, bias, y)
     return y
 
 
 def stream_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of x [T, K] times the transpose of weight [2I, K], whose first half is the gate: [T, I].
 
-    I is a multiple of N_BLOCK / 2; see `stream_linear`.
+    See `stream_linear` and `can_stream_pairs`.
     """
-    y = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
-    _launch(x, weight, None, y, gated=True)
+    outputs = weight.shape[0] // 2
+    y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=weight.device)
+    tiles = outputs // (N_BLOCK // 2)
+    _launch(x, weight, None, y, after="gate", tiles_a_jump=tiles, pair_distance=outputs)
     return y
 
 
-def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, gated: bool) -> None:
+def stream_qkv_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, rotating whole heads; see `can_stream_pairs`."""
+    q = torch.empty((x.shape[0], num_heads, head_dim), dtype=x.dtype, device=weight.device)
+    _launch(
+        x, weight, bias, q, after="turn", tiles_a_jump=head_dim // N_BLOCK, jump=head_dim, pair_distance=head_dim // 2,
+        places=(k_cache, v_cache, positions, slots, cos_sin), heads=(num_heads, num_kv_heads, head_dim),
+    )  # fmt: skip
+    return q
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    after: str = "store",
+    tiles_a_jump: int = 1,
+    jump: int = 0,
+    pair_distance: int = 0,
+    places: tuple[torch.Tensor, ...] = (),
+    heads: tuple[int, int, int] = (0, 0, 0),
+) -> None:
     (num_rows, inputs), outputs = x.shape, weight.shape[0]
     rows_block = max(triton.next_power_of_2(num_rows), 16)
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    w_block, x_block = [N_BLOCK // 2 if gated else N_BLOCK, K_BLOCK], [rows_block, K_BLOCK]
+    w_block, x_block = [N_BLOCK // 2 if after in ("gate", "turn") else N_BLOCK, K_BLOCK], [rows_block, K_BLOCK]
     w_layout = gl.NVMMASharedLayout.get_default_for(w_block, dtype)
     x_layout = gl.NVMMASharedLayout.get_default_for(x_block, dtype)
-    parts, arrivals = _scratch(x.device)
+    parts, arrivals = _scratch(weight.device)
     k_steps = triton.cdiv(inputs, K_BLOCK)
     total = triton.cdiv(outputs, N_BLOCK) * k_steps
-    _stream_kernel[(min(num_multiprocessors(x.device), total),)](
+    k_cache, v_cache, positions, slots, cos_sin = places or (None,) * 5
+    _stream_kernel[(min(num_multiprocessors(weight.device), total),)](
         TensorDescriptor(weight, list(weight.shape), list(weight.stride()), w_block, w_layout),
         TensorDescriptor(x, list(x.shape), list(x.stride()), x_block, x_layout),
-        bias,
-        y,
-        parts,
-        arrivals,
-        num_rows,
-        y.shape[1],
-        k_steps,
-        total,
-        y.stride(0),
+        bias, y, parts, arrivals, num_rows, y.shape[1], k_steps, total, y.stride(0),
+        tiles_a_jump, jump, pair_distance,
+        k_cache, v_cache, positions, slots, cos_sin, *(places[0].stride()[:3] if places else (0, 0, 0)), *heads[:2],
         n_block=N_BLOCK,
         k_block=K_BLOCK,
         rows_block=rows_block,
         stages=STAGES,
         has_bias=bias is not None,
-        gated=gated,
+        after=after,
+        block_size=1 if k_cache is None else k_cache.shape[2],
+        head_dim=heads[2],
         num_warps=4,
         launch_pdl=True,
-    )
+    )  # fmt: skip

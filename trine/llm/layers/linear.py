@@ -12,6 +12,7 @@ from trine.kernels import fp8
 from trine.kernels.fp8 import Rows
 from trine.kernels.types import Weight
 from trine.llm.layers.module import WeightedModule, WeightKey, empty_parameter
+from trine.llm.layers.norm import RMSNorm
 from trine.llm.quantization.method import LinearMethod
 
 BLOCK = 128  # rows and columns that share a scale in checkpoints with a scale a block
@@ -126,9 +127,9 @@ class Linear(WeightedModule):
         """[T, K] to [T, N]."""
         return self.method.apply(x, self.weight, self.bias)
 
-    def add_to(self, residual: torch.Tensor, x: Rows) -> torch.Tensor | None:
-        """[T, K] to [T, N], which is to be added to `residual`; None where it has been."""
-        return self.method.apply_add(x, self.weight, self.bias, residual)
+    def add_norm(self, residual: torch.Tensor, x: Rows, norm: RMSNorm, reader: Weight | None) -> Rows:
+        """Add the product of x [T, K] to `residual` [T, N] in place; the norm of the sum, as `reader` takes it."""
+        return self.method.apply_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps, reader)
 
 
 class GateUpLinear(Linear):

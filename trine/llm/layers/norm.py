@@ -34,10 +34,14 @@ class RMSNorm(WeightedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def add_for_product(self, x: torch.Tensor | None, residual: torch.Tensor, reader: Weight) -> Rows:
-        """`add` in the form that the product with `reader` takes. x is None where `residual` holds the sum already."""
-        if x is None:
-            return ops.rms_norm_for(reader, residual, self.weight, self.eps)
+    def for_product(self, x: torch.Tensor, reader: Weight) -> Rows:
+        """The norm in the form that the product with `reader` takes."""
+        return ops.rms_norm_for(reader, x, self.weight, self.eps)
+
+    def add_for_product(self, x: torch.Tensor, residual: torch.Tensor, reader: Weight | None) -> Rows:
+        """`add` in the form that the product with `reader` takes; a tensor without a reader."""
+        if reader is None:
+            return self.add(x, residual)
         return ops.add_rms_norm_for(reader, x, residual, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from trine.kernels import ops, types
 from trine.kernels.fp8 import Rows
+from trine.kernels.types import Weight
 from trine.llm.batch import Batch
 from trine.llm.config import ModelConfig
 from trine.llm.layers.attention import Attention
@@ -60,9 +62,9 @@ class SelfAttention(Attention):
             method=build.method,
         )
 
-    def add_to(self, residual: torch.Tensor, x: Rows, batch: Batch) -> torch.Tensor | None:
-        """What is to be added to the residual stream; None where it has been."""
-        return self.o_proj.add_to(residual, self.attend(self.project(self.qkv_proj, x, batch), batch))
+    def add_norm(self, residual: torch.Tensor, x: Rows, batch: Batch, norm: RMSNorm, reader: Weight | None) -> Rows:
+        """Add to the residual stream; the norm of the sum, as `reader` takes it."""
+        return self.o_proj.add_norm(residual, self.attend(self.project(self.qkv_proj, x, batch), batch), norm, reader)
 
 
 class GatedMLP(Layer):
@@ -74,9 +76,9 @@ class GatedMLP(Layer):
         self.gate_up_proj = GateUpLinear(config.hidden_size, inner, bias=bias, dtype=build.dtype, method=build.method)
         self.down_proj = Linear(inner, config.hidden_size, bias=bias, dtype=build.dtype, method=build.method)
 
-    def add_to(self, residual: torch.Tensor, x: Rows) -> torch.Tensor | None:
-        """What is to be added to the residual stream; None where it has been."""
-        return self.down_proj.add_to(residual, self.gate_up_proj.gated(x, self.down_proj))
+    def add_norm(self, residual: torch.Tensor, x: Rows, norm: RMSNorm, reader: Weight | None) -> Rows:
+        """Add to the residual stream; the norm of the sum, as `reader` takes it."""
+        return self.down_proj.add_norm(residual, self.gate_up_proj.gated(x, self.down_proj), norm, reader)
 
 
 class DecoderLayer(Layer):
@@ -97,18 +99,16 @@ class DecoderLayer(Layer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
         self.mlp = mlp
 
-    def forward(self, x: torch.Tensor | None, residual: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-        """`residual` [T, H] is updated in place, except perhaps for this layer's last output, which is returned then.
-
-        x is the same from the layer before; adding it is fused with the norm that follows. None in the first layer,
-        and where the last product has added its result.
+    def forward(self, x: Rows, residual: torch.Tensor, batch: Batch, norm: RMSNorm, reader: Weight | None) -> Rows:
+        """x is this layer's norm of `residual` [T, H], to which the layer adds in place; returns what comes next: the
+        norm of the sum, as the product with `reader` takes it, or a tensor without a reader.
         """
-        y = self.input_layernorm.add_for_product(x, residual, self.self_attn.qkv_proj.weight)
-        x = self.self_attn.add_to(residual, y, batch)
-        norm = self.post_attention_layernorm
+        own = self.post_attention_layernorm
         if isinstance(self.mlp, GatedMLP):
-            return self.mlp.add_to(residual, norm.add_for_product(x, residual, self.mlp.gate_up_proj.weight))
-        return self.mlp(norm(residual) if x is None else norm.add(x, residual))
+            x = self.self_attn.add_norm(residual, x, batch, own, self.mlp.gate_up_proj.weight)
+            return self.mlp.add_norm(residual, x, norm, reader)
+        y = self.mlp(self.self_attn.add_norm(residual, x, batch, own, None))
+        return norm.add_for_product(y, residual, reader)
 
     def as_operation(self) -> types.DecoderLayer | None:
         """The same for a back end that runs a whole stack of layers at once; None for what no such back end knows."""
@@ -198,10 +198,13 @@ class LlamaForCausalLM(CausalLM):
         residual = self.embed_tokens(token_ids)
         if self.stack is not None:
             return self.stack(residual, batch)
-        x: torch.Tensor | None = None
-        for layer in self.layers:
-            x = layer(x, residual, batch)
-        return self.norm(residual) if x is None else self.norm.add(x, residual)
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        x = layers[0].input_layernorm.for_product(residual, layers[0].self_attn.qkv_proj.weight)
+        for layer, following in pairwise(layers):
+            x = layer(x, residual, batch, following.input_layernorm, following.self_attn.qkv_proj.weight)
+        hidden = layers[-1](x, residual, batch, self.norm, None)
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.embed_tokens if isinstance(self.embed_tokens, TiedEmbedding) else self.lm_head

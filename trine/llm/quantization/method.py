@@ -35,11 +35,18 @@ class LinearMethod:
         """[T, K] to [T, N], of x's dtype or `out_dtype`."""
         return ops.linear(x, weight, bias, out_dtype)
 
-    def apply_add(
-        self, x: Rows, weight: Weight, bias: torch.Tensor | None, residual: torch.Tensor
-    ) -> torch.Tensor | None:
-        """`apply`, or None where the result was added to `residual` [T, N] on the way."""
-        return ops.linear_add(x, weight, bias, residual)
+    def apply_add_norm(
+        self,
+        x: Rows,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        reader: Weight | None,
+    ) -> Rows:
+        """Add `apply` to `residual` [T, N]; the RMS norm of the sum, as the product with `reader` takes it."""
+        return ops.linear_add_norm(x, weight, bias, residual, norm, eps, reader)
 
     def apply_silu_mul(self, x: Rows, weight: Weight, bias: torch.Tensor | None, reader: Weight) -> Rows:
         """[T, K] to [T, N / 2]: the product's first half, through SiLU, times its second, as `reader` takes it."""
