@@ -63,6 +63,15 @@ def test_few_rows(rows: int, inputs: int, outputs: int, groups: int) -> None:
         assert (fp8_stream(x, weight, None, torch.float32) - expected).norm() < 5e-3 * expected.norm()
 
 
+@pytest.mark.parametrize(("inputs", "shared"), [(256, False), (1024, True)])
+def test_a_tile_is_shared_by_no_more_programs_than_it_has_steps(inputs: int, shared: bool) -> None:
+    """One without a step would not wait for the kernel in front."""
+    from trine.kernels.triton.fp8_matrix import supports
+
+    x = fp8.quantize_rows(torch.randn(100, inputs, dtype=torch.bfloat16))
+    assert supports(x, fp8.pack_fp8(torch.randn(64, inputs))) == shared
+
+
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(100, 912, 264), (256, 14336, 4096), (65, 4096, 6144)])
 def test_hundreds_of_rows(rows: int, inputs: int, outputs: int) -> None:

@@ -152,10 +152,14 @@ def _scratch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return parts, torch.zeros(2 * programs, dtype=torch.int32, device=device)
 
 
-def _splits(num_rows: int, outputs: int, device: torch.device) -> int:
-    """Programs a tile, as many as a multiprocessor each allows; 1: none of our business."""
+def _splits(num_rows: int, inputs: int, outputs: int, device: torch.device) -> int:
+    """Programs a tile, as many as a multiprocessor each allows; 1: none of our business.
+
+    Each has a step at least: it is by x that a program knows the kernel in front to be done.
+    """
     tiles = cdiv(num_rows, ROWS) * cdiv(outputs, COLUMNS)
-    return next((splits for splits in (4, 3, 2) if tiles * splits <= num_multiprocessors(device)), 1)
+    most = min(num_multiprocessors(device) // tiles, cdiv(inputs, K_BLOCK))
+    return next((splits for splits in (4, 3, 2) if splits <= most), 1)
 
 
 def supports(x: Fp8Rows, weight: Fp8Weight) -> bool:
@@ -168,7 +172,7 @@ def supports(x: Fp8Rows, weight: Fp8Weight) -> bool:
         and inputs % 16 == 0
         and x.values.is_contiguous()
         and weight.values.is_contiguous()
-        and _splits(x.shape[0], outputs, x.device) > 1
+        and _splits(x.shape[0], inputs, outputs, x.device) > 1
     )
 
 
@@ -181,7 +185,7 @@ def fp8_matrix(x: Fp8Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) 
     device = x.values.device
     y = torch.empty((num_rows, outputs), dtype=torch.bfloat16, device=device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    row_tiles, splits = cdiv(num_rows, ROWS), _splits(num_rows, outputs, device)
+    row_tiles, splits = cdiv(num_rows, ROWS), _splits(num_rows, inputs, outputs, device)
     _fp8_matrix_kernel[(row_tiles * cdiv(outputs, COLUMNS) * splits,)](
         TensorDescriptor(x.values, [num_rows, inputs], [inputs, 1], [ROWS, K_BLOCK], layout),
         TensorDescriptor(weight.values, [outputs, inputs], [inputs, 1], [COLUMNS, K_BLOCK], layout),
