@@ -100,7 +100,7 @@ struct GraphAttentionArgs {
     int64_t q_strides[4], k_strides[4], v_strides[4], mask_strides[4], y_strides[4];
     int64_t batch, heads, queries, keys, size, v_size;
     float scale;
-    int32_t reserved;
+    int32_t guarded;  // 1: a row whose mask hides every key gives zeros, not NaN
 };
 
 // Scores to weights in place, `ldc` apart; what each row's weights must be divided by goes to `total`.
@@ -119,6 +119,11 @@ static void attention_weights(const GraphAttentionArgs& args, const float* mask,
             most = vmax(first_n(s, most, keys - i), most);
         }
         const vf largest = set1(hmax(most));
+        if (hmax(most) == -__builtin_inff()) {  // every key is hidden
+            memset(row, 0, keys * sizeof(float));
+            total[r] = 0;
+            continue;
+        }
         vf sum = zero();
         for (int64_t i = 0; i < keys; i += W) {
             const vf e = first_n(exp(sub(load(row + i), largest)), zero(), keys - i);
@@ -154,7 +159,7 @@ static void graph_attention(const GraphAttentionArgs& args) {
         by_panels(s, ldc, count, v, args.v_size, keys, c, wide, false);
         float* y = args.y + b * args.y_strides[0] + h * args.y_strides[1] + first * args.y_strides[2];
         for (int64_t r = 0; r < count; ++r) {
-            const vf inverse = set1(1.0f / total[r]);
+            const vf inverse = set1(args.guarded && total[r] == 0 ? 0.0f : 1.0f / total[r]);
             for (int64_t i = 0; i < args.v_size; i += W)
                 store_upto(y + r * args.y_strides[2] + i, mul(load(c + r * wide + i), inverse), args.v_size - i);
         }

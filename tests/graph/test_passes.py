@@ -265,3 +265,73 @@ def test_merge_linear_joins_weights_that_two_layers_share_once() -> None:
     made = model(nodes, {"x": ["n", 8]}, ["a", "c", "d", "e"], {name: QKV[name] for name in "qk"})
     assert after(made, "fuse_linear", "merge_linear") == {"Linear": 2, "Split": 2, "Sin": 1}
     assert tg.build(made).inspect()["weights"] == 8 * 10 * 4 + 2 * 2 * 8
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_fuse_attention_with_guarded_weights_and_two_masks(more: bool) -> None:
+    """As exporters write torch's scaled_dot_product_attention; a row that its mask hides whole gives zeros."""
+    nodes = [
+        node("Mul", "q half", "a"),
+        node("Transpose", "k", "t", perm=[0, 1, 3, 2]),
+        node("Mul", "t half", "b"),
+        node("MatMul", "a b", "s"),
+        node("Add", "s mask", "u"),
+        node("Add", "position u" if more else "u zero", "m"),
+        node("Softmax", "m", "p", axis=-1),
+        node("IsNaN", "p", "n"),
+        node("Where", "n zero p", "w"),
+        node("MatMul", "w v", "y"),
+    ]
+    mask = np.zeros((1, 1, 5, 5), np.float32)
+    mask[0, 0, 2] = -np.inf
+    mask[0, 0, 3, 1:] = -np.inf
+    given = {**SCALAR, "mask": mask, "position": weights(1, 2, 5, 5), "zero": np.float32(0)}
+    made = model(nodes, {name: ["b", 2, 5, 4] for name in "qkv"}, ["y"], given)
+    found = after(made, "simplify", "fuse_attention", "fold_constants")
+    assert found == {"Transpose": 1, "ScaledDotProductAttention": 1}
+    inputs = {name: weights(3, 2, 5, 4, seed=9) for name in "qkv"}
+    result = tg.build(made, tune=False).run(inputs)["y"]
+    assert not result[:, :, 2].any()
+    assert np.isfinite(result).all()
+
+
+def test_fuse_silu_with_a_number_before_the_logistic() -> None:
+    made = model(
+        [node("Mul", "x k", "a"), node("Sigmoid", "a", "s"), node("Mul", "x s", "y")],
+        {"x": [3, 4]}, ["y"], {"k": np.float32(1.702)},
+    )  # fmt: skip
+    assert after(made, "fuse_silu") == {"Swish": 1}
+
+
+def test_fold_scale_into_the_product() -> None:
+    nodes = [node("MatMul", "x w", "p"), node("Add", "p b", "q"), node("Mul", "q g", "r"), node("Add", "x r", "y")]
+    given = {"w": weights(8, 8), "b": weights(8), "g": weights(8, seed=4)}
+    assert after(model(nodes, {"x": ["n", 8]}, ["y"], given), "fuse_linear", "fold_scale") == {"Linear": 1}
+
+
+def test_fold_scale_leaves_a_product_that_is_read_elsewhere_or_ends_in_an_activation() -> None:
+    nodes = [node("MatMul", "x w", "p"), node("Relu", "p", "q"), node("Mul", "q g", "y")]
+    made = model(nodes, {"x": ["n", 8]}, ["y"], {"w": weights(8, 8), "g": weights(8)})
+    assert after(made, "fuse_linear", "fold_scale") == {"Linear": 1, "Mul": 1}
+    made = model(
+        [nodes[0], node("Mul", "p g", "y")], {"x": ["n", 8]}, ["y", "p"], {"w": weights(8, 8), "g": weights(8)}
+    )
+    assert after(made, "fuse_linear", "fold_scale") == {"Linear": 1, "Mul": 1}
+
+
+def test_hoist_activations_through_what_moves_a_product() -> None:
+    tail = [node("Flatten", "c", "f", axis=2), node("Transpose", "f", "t", perm=[1, 0]), node("Relu", "t", "y")]
+    made = convolution(*tail)
+    assert after(made, "hoist_activations", "fuse_convolution") == {"FusedConv": 1, "Flatten": 1, "Transpose": 1}
+    kept = convolution(*tail, outputs=("y", "f"))
+    found = after(kept, "hoist_activations", "fuse_convolution")
+    assert found == {"FusedConv": 1, "Flatten": 1, "Transpose": 1, "Relu": 1}
+
+
+@pytest.mark.parametrize(
+    ("back", "left"), [([2, 3, 4, 5], {"Transpose": 1}), ([3, 2, 4, 5], {"Reshape": 2, "Transpose": 1})]
+)
+def test_unfold_transposes(back: list[int], left: dict[str, int]) -> None:
+    nodes = [node("Reshape", "x s", "a"), node("Transpose", "a", "b", perm=[0, 2, 1]), node("Reshape", "b t", "y")]
+    shapes = {"s": np.array([-1, 5, 4], np.int64), "t": np.array(back, np.int64)}
+    assert after(model(nodes, {"x": [2, 3, 5, 4]}, ["y"], shapes), "unfold_transposes") == left

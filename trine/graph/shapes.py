@@ -54,6 +54,8 @@ class Inference(Context):
         for value, (dtype, shape) in zip(node.outputs, facts, strict=False):
             value.dtype = dtype if dtype is not None else value.dtype
             value.shape = shape if shape is not None else value.shape
+            if any(isinstance(dim, int) and dim < 0 for dim in value.shape or ()):
+                raise refuse(node, f"makes a tensor of shape {list(value.shape or ())}")
             sizes, itemsize = value.static_shape, 1 if value.dtype is None else value.dtype.numpy.itemsize
             if sizes is not None and bytes_of(sizes, itemsize) > largest():
                 raise UnsupportedOperatorError(

@@ -161,5 +161,5 @@ class GraphAttentionArgs(ctypes.Structure):
         *((name, c_int64 * 4) for name in ("q_strides", "k_strides", "v_strides", "mask_strides", "y_strides")),
         *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size", "v_size")),
         ("scale", c_float),
-        ("reserved", c_int32),
+        ("guarded", c_int32),
     )

@@ -167,9 +167,13 @@ def _gelu(chain: Chain, tape: Recorder, node: Node) -> int:
 
 
 def _swish(chain: Chain, tape: Recorder, node: Node) -> int:
-    if node.attributes.get("alpha", 1.0) != 1:
+    alpha = float(node.attributes.get("alpha", 1.0))
+    if alpha == 1:
+        return _activation("silu")(chain, tape, node)
+    if not _floats(node):
         raise UnfitError
-    return _activation("silu")(chain, tape, node)
+    (x,) = _inputs(chain, tape, node)
+    return chain.add("mul", x, chain.add("activate", chain.add("affine", x, p=alpha), n=ACTIVATIONS.index("sigmoid")))
 
 
 def _with(code: str, **defaults: float) -> Emit:

@@ -76,7 +76,14 @@ def attention(tape: Recorder, node: Node) -> bool:
         return False
     q = q if q.strides[3] == 1 or size == 1 else tape.rows(q)
     args = GraphAttentionArgs(
-        batch=batch, heads=heads, queries=queries, keys=keys, size=size, v_size=v_size, scale=node.attributes["scale"]
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        size=size,
+        v_size=v_size,
+        scale=node.attributes["scale"],
+        guarded=node.attributes.get("guarded", 0),
     )
     y = tape.output(node.output, order=(0, 2, 1, 3))
     if mask is not None:

@@ -14,13 +14,24 @@ from trine.graph.operators.registry import operator
 
 @operator("ScaledDotProductAttention")
 def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float, k_transposed: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    k_transposed: int = 0,
+    guarded: int = 0,
 ) -> Tensor:
-    """Trine's own: softmax(q kᵀ scale + mask) v over the last two dimensions; with k_transposed k is [..., D, S]."""
+    """Trine's own: softmax(q kᵀ scale + mask) v over the last two dimensions; with k_transposed k is [..., D, S].
+
+    `guarded` makes weights that are not a number 0: a row whose mask hides every key gives zeros.
+    """
     scores = torch.matmul(q, k if k_transposed else k.transpose(-1, -2)) * scale
     if mask is not None:
         scores = scores + mask
-    return torch.matmul(torch.softmax(scores, -1), v)
+    weights = torch.softmax(scores, -1)
+    return torch.matmul(torch.where(torch.isnan(weights), 0.0, weights) if guarded else weights, v)
 
 
 def _split_heads(x: Tensor, heads: int | None) -> Tensor:

@@ -27,7 +27,12 @@ def if_(condition: Tensor, *, then_branch: Body, else_branch: Body) -> tuple[Any
 
 @operator("Loop")
 def loop(
-    trips: Tensor | None = None, condition: Tensor | None = None, *carried: Any, body: Body, scan_shapes: Any = None
+    trips: Tensor | None = None,
+    condition: Tensor | None = None,
+    *carried: Any,
+    body: Body,
+    scan_shapes: Any = None,
+    _outputs: int = 0,
 ) -> tuple[Any, ...]:
     """body(i, condition, carried…) gives (condition, carried…, scanned…); scanned outputs are stacked."""
     state = list(carried)
@@ -46,6 +51,8 @@ def loop(
         step += 1
     if not scanned and scan_shapes:
         return (*state, *(_no_rows(*described) for described in scan_shapes))
+    if _outputs > len(state) + len(scanned):
+        raise ValueError("no round was run, and nothing says the shape of the outputs that rounds add to")
     return (*state, *(torch.stack(rows) for rows in scanned))
 
 

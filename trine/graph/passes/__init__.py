@@ -18,13 +18,15 @@ from trine.graph.passes.cleanup import merge_common_subexpressions, remove_dead_
 from trine.graph.passes.constants import fold_constants
 from trine.graph.passes.convolution import fuse_convolution
 from trine.graph.passes.gelu import fuse_gelu, fuse_silu
+from trine.graph.passes.hoist import hoist_activations
 from trine.graph.passes.linear import fuse_linear
 from trine.graph.passes.merge import merge_linear
 from trine.graph.passes.normalization import fuse_layer_norm, fuse_rms_norm
 from trine.graph.passes.origins import Snapshot, label, trace_origins
 from trine.graph.passes.quantized import fuse_quantized, link_quantized_weights
+from trine.graph.passes.scale import fold_scale
 from trine.graph.passes.simplify import simplify
-from trine.graph.passes.transposes import cancel_transposes
+from trine.graph.passes.transposes import cancel_transposes, unfold_transposes
 from trine.graph.shapes import infer_shapes
 
 Pass = Callable[[Graph], Graph]
@@ -34,16 +36,19 @@ PASSES: tuple[Pass, ...] = (
     fold_constants,
     simplify,
     merge_common_subexpressions,
+    unfold_transposes,
     cancel_transposes,
     fuse_layer_norm,
     fuse_rms_norm,
     fuse_gelu,
     fuse_silu,
+    hoist_activations,
     fold_batch_norm,
     fuse_attention,
     link_quantized_weights,
     fuse_convolution,
     fuse_linear,
+    fold_scale,
     merge_linear,
     fuse_quantized,
     fold_constants,

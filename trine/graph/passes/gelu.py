@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import pi, sqrt
 
 from trine.graph.ir import Graph, Node
-from trine.graph.passes.pattern import Match, Pattern, any_, number, op, rewrite
+from trine.graph.passes.pattern import Match, Pattern, any_, constant, is_scalar, number, op, rewrite
 
 X = any_("x")
 
@@ -31,7 +31,7 @@ TANH = [
     for pattern in _halved(op("Add", op("Tanh", op("Mul", inner, number(sqrt(2 / pi)))), number(1)))
 ]
 
-SILU = [op("Mul", X, op("Sigmoid", X))]
+SILU = [op("Mul", X, op("Sigmoid", X)), op("Mul", X, op("Sigmoid", op("Mul", X, constant("alpha", is_scalar))))]
 
 
 def fuse_gelu(graph: Graph) -> Graph:
@@ -41,9 +41,11 @@ def fuse_gelu(graph: Graph) -> Graph:
 
 
 def fuse_silu(graph: Graph) -> Graph:
-    """x times its logistic function."""
+    """x times its logistic function, or that of x times a number (as in CLIP)."""
 
     def build(found: Match) -> Node:
-        return Node("Swish", [found["x"]], [])
+        if "alpha" not in found.values:
+            return Node("Swish", [found["x"]], [])
+        return Node("Swish", [found["x"]], [], {"alpha": found.scalar("alpha")})
 
     return rewrite(graph, SILU, build)
