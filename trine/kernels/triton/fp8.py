@@ -25,7 +25,7 @@ from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
 from trine.kernels.triton.gated_linear import fused
-from trine.kernels.triton.small_linear import small_linear
+from trine.kernels.triton.small_linear import small_gated_linear, small_linear, small_qkv_linear
 
 _GROUP = 1024  # columns that share a scale, where a row has several
 
@@ -212,6 +212,8 @@ def linear(
 
 def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
+    if isinstance(x, torch.Tensor) and x.shape[0] == 1 and bias is None:
+        return small_gated_linear(x, weight.values, weight.scales)
     return silu_mul(linear(x, weight, bias))
 
 
@@ -219,3 +221,25 @@ def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None =
     """`linear_silu_mul`, rounded."""
     y = fused(x, weight, bias) if isinstance(x, Fp8Rows) else None
     return silu_mul_rows(linear(x, weight, bias)) if y is None else quantize_rows(y)
+
+
+def linear_prepare_qkv(
+    x: torch.Tensor,
+    weight: Fp8Weight,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor | None:
+    """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, of one row; None where that is two kernels."""
+    if x.shape[0] != 1 or cos_sin.shape[1] != head_dim:
+        return None
+    return small_qkv_linear(
+        x, weight.values, bias, num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots,
+        weight.scales,
+    )  # fmt: skip

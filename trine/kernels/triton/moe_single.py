@@ -117,10 +117,10 @@ def single_row(
     )  # fmt: skip
     experts_block = triton.next_power_of_2(top_k)
     inner_block = _inner_block(inner, 1024)
-    row_block = max(min(_TILE_BYTES // down.itemsize // experts_block // inner_block, 8), 1)
+    row_block = max(min(_TILE_BYTES // 2 // down.itemsize // experts_block // inner_block, 8), 1)
     _single_down_kernel[(cdiv(hidden, row_block),)](
         h, down, down_scales, chosen, weights, y, hidden, inner, has_scales=down_scales is not None,
         top_k=top_k, experts_block=experts_block, row_block=row_block, inner_block=inner_block,
-        num_warps=8, **early_launch(x.device),
+        num_warps=4, **early_launch(x.device),
     )  # fmt: skip
     return y
