@@ -29,7 +29,14 @@ LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "fp8": 8e-2}
 
 
 def plan_of(graph: Graph, device: str = "cpu", precision: str = "fp32", **options: Any) -> GpuPlan:
-    given: dict[str, Any] = {"tune": False, "timing_cache": None, "shapes": {}, "profiles": [], "calibration": None}
+    given: dict[str, Any] = {
+        "tune": False,
+        "timing_cache": None,
+        "shapes": {},
+        "profiles": [],
+        "calibration": None,
+        "budget": None,
+    }
     return build(graph, [], device, precision=precision, inductor=False, **{**given, **options})
 
 
@@ -214,3 +221,27 @@ def test_captured(precision: str) -> None:
             )
         device = plan.run({name: torch.from_numpy(array).cuda() for name, array in named(graph, *inputs).items()})
         assert all(output.is_cuda for output in device.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnx
+
+    from trine.cli.main import main
+
+    onnx.save(model([node("Relu", "x", "y")], {"x": [2]}, ["y"]), tmp_path / "m.onnx")
+    command = ["build", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "m.plan"), "--device", "cuda"]
+    assert main(command) != 0
+    assert "no GPU that torch can use" in capsys.readouterr().err
+    assert main([*command[:-2], "--inductor"]) != 0
+    assert "for plans on a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "m.plan").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_time_is_no_timing() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    plan = plan_of(graph_of(Images(), x), tune=True, budget=0.0)
+    (point,) = plan.runtime.points.values()
+    assert point.times == {}
+    assert point.choices

@@ -29,11 +29,15 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}", action="append", default=[], metavar=SHAPE, help=f"{text}; several with commas, or repeated"
         )
+    group.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where the plan runs (default: cpu)")
+    group.add_argument(
+        "--inductor", action="store_true", help="on a GPU, let TorchInductor compete for the whole graph (minutes)"
+    )
     group.add_argument(
         "--precision",
         default="fp32",
-        choices=("fp32", "bf16", "fp16", "int8", "fp8"),
-        help="what layers compute in (default: fp32)",
+        choices=("fp32", "tf32", "bf16", "fp16", "int8", "fp8"),
+        help="what layers compute in (default: fp32); tf32 on a GPU, int8 on a CPU",
     )
     group.add_argument("--calibration", metavar="FILE.npz", help="inputs by name, samples along the first axis")
     group.add_argument(
@@ -82,6 +86,8 @@ def compile_model(args: argparse.Namespace, shapes: Mapping[str, Sequence[int]] 
             tune=not args.no_tune,
             budget=args.budget,
             timing_cache=args.timing_cache,
+            device=args.device,
+            inductor=args.inductor,
         )
 
 

@@ -281,7 +281,11 @@ def build(
     """
     graph = import_model(_exported(source, args) if isinstance(source, torch.nn.Module) else source, folder)
     check_profiles(profiles, graph)
+    if inductor and device == "cpu":
+        raise ConfigurationError("inductor is for plans on a GPU: give a device, or leave it out")
     if not optimise:
+        if device != "cpu":
+            raise ConfigurationError(f"device {device!r} needs the passes: leave optimise on")
         if precision != "fp32":
             raise ConfigurationError(f"precision {precision!r} needs the passes: leave optimise on")
         return Plan(graph, profiles=profiles, native=False)
@@ -289,6 +293,8 @@ def build(
     if device != "cpu":
         from trine.graph.gpu.api import build as build_for_gpu
 
+        if accuracy_drop is not None or accuracy is not None or calibration_cache is not None:
+            raise ConfigurationError("accuracy_drop, accuracy and calibration_cache are for device cpu: leave them out")
         return build_for_gpu(
             graph,
             effects,
@@ -299,6 +305,7 @@ def build(
             shapes=shapes or {},
             profiles=profiles,
             calibration=calibration,
+            budget=budget,
             inductor=inductor,
         )
     graph, report = lower_precision(

@@ -81,12 +81,14 @@ def build(
     shapes: Mapping[str, Sequence[int]],
     profiles: Sequence[Profile],
     calibration: Data | None,
+    budget: float | None,
     inductor: bool,
 ) -> GpuPlan:
     """A plan of an optimised graph, captured for each profile's best shapes, or for the model's own.
 
-    A model with open dimensions and no shapes given is prepared when inputs come. ConfigurationError where there is no
-    such device, or for float8 without calibration data.
+    `budget` is how many seconds the timing may take, for each profile. A model with open dimensions and no shapes given
+    is prepared when inputs come. ConfigurationError where there is no such device, or for float8 without calibration
+    data.
     """
     runtime = GpuRuntime(graph, device, precision)
     if precision == "fp8":
@@ -100,7 +102,7 @@ def build(
     for profile in profiles or [{}]:
         point = {**shapes, **{name: bounds.opt for name, bounds in profile.items()}}
         if all(value.name in point or value.static_shape is not None for value in graph.inputs):
-            runtime.build(point, cache, tune, inductor)
+            runtime.build(point, cache, tune, inductor, budget=budget)
     cache.save()
     return GpuPlan(graph, effects, runtime, profiles)
 

@@ -81,7 +81,7 @@ class GpuRuntime:
 
     def build(
         self, shapes: Mapping[str, Sequence[int]], cache: TimingCache, tune: bool, with_inductor: bool,
-        inputs: Sequence[Any] | None = None,
+        inputs: Sequence[Any] | None = None, budget: float | None = None,
     ) -> None:  # fmt: skip
         """Choose kernels for inputs of these shapes, and have them ready."""
         found = input_shapes(self.graph, shapes)
@@ -91,7 +91,7 @@ class GpuRuntime:
             lowered = self._lowered(key)
             point = Point()
             if tune:
-                choices, times = tuning.tune(lowered, given, self.target, cache)
+                choices, times = tuning.tune(lowered, given, self.target, cache, budget)
                 point.choices = {label(node): name for node, name in choices.items()}
                 point.times = {label(node): taken for node, taken in times.items()}
             self.points[key] = point

@@ -98,9 +98,13 @@ def problem(node: Node, given: Sequence[Any], target: Target) -> str:
 
 
 def tune(
-    graph: Graph, inputs: Sequence[Any], target: Target, cache: TimingCache, whole: bool = True
+    graph: Graph, inputs: Sequence[Any], target: Target, cache: TimingCache, budget: float | None = None
 ) -> tuple[dict[Node, str], dict[Node, dict[str, float]]]:
-    """The fastest candidate of each node, and the milliseconds a launch of those that were timed."""
+    """The fastest candidate of each node, and the milliseconds a launch of those that were timed.
+
+    After `budget` seconds nothing more is timed: nodes get what the cache knows, or the first candidate.
+    """
+    deadline = float("inf") if budget is None else time.monotonic() + budget
     choices = first_choices(graph, target)
     program = DeviceProgram(graph, kernels_of(graph, choices, target), target)
     seen = settle(program, inputs)
@@ -110,13 +114,15 @@ def tune(
     times: dict[Node, dict[str, float]] = {}
     for key, nodes in groups.items():
         found = cache.times.get(key)
-        if found is None:
+        if found is None and time.monotonic() < deadline:
             found = cache.times[key] = _time_group(nodes, seen[nodes[0]], target)
-        for node in nodes:
-            times[node] = found
-            choices[node] = min(found, key=lambda name: found[name])
-    if whole and target.cuda:
-        _refine(graph, inputs, target, choices, list(groups.values()), times)
+        if found is not None:
+            best = min(found, key=found.__getitem__)
+            times |= dict.fromkeys(nodes, found)
+            choices |= dict.fromkeys(nodes, best)
+    if target.cuda:
+        timed = [nodes for nodes in groups.values() if nodes[0] in times]
+        _refine(graph, inputs, target, choices, timed, times, deadline)
     return choices, times
 
 
@@ -221,7 +227,7 @@ def replay_seconds(replay: Callable[[], None], repeats: int = 4) -> float:
 
 def _refine(
     graph: Graph, inputs: Sequence[Any], target: Target, choices: dict[Node, str], groups: list[list[Node]],
-    times: Mapping[Node, Mapping[str, float]],
+    times: Mapping[Node, Mapping[str, float]], deadline: float,
 ) -> None:  # fmt: skip
     """Try what was nearly as fast alone in the whole graph, dearest problems first; keep what makes that faster."""
     made: dict[tuple[Node, str], Kernel] = {}
@@ -241,7 +247,7 @@ def _refine(
         found = times[nodes[0]]
         least = min(found.values())
         for name in sorted(found, key=lambda name: found[name])[1:4]:
-            if found[name] > least * _CLOSE:
+            if found[name] > least * _CLOSE or time.monotonic() > deadline:
                 break
             trial = {**kernels, **{node: kernel(node, name) for node in nodes}}
             took = whole_seconds(graph, trial, inputs, target)
