@@ -111,14 +111,7 @@ class Plan:
     def _usual_shapes(self) -> list[tuple[int, ...] | None]:
         """Shapes of the inputs that the first profile names as usual; 1 where nothing says."""
         bounds = self.profiles[0] if self.profiles else {}
-        return [
-            tuple(bounds[value.name].opt)
-            if value.name in bounds
-            else None
-            if value.shape is None
-            else tuple(dim if isinstance(dim, int) else 1 for dim in value.shape)
-            for value in self.graph.inputs
-        ]
+        return example_shapes(self.graph, {name: bound.opt for name, bound in bounds.items()})
 
     def refit(self, weights: Mapping[str, Any] | str | os.PathLike[str] | bytes | Any) -> None:
         """Put in other weights without a new build: arrays by name, or all of them from an ONNX model.
@@ -141,7 +134,6 @@ class Plan:
 
     def inspect(self) -> dict[str, Any]:
         """What the plan is: interface, layers with their tactics and times, memory, what each pass did."""
-        use = memory_use(self.graph)
         return {
             "inputs": [_described(value) for value in self.graph.inputs],
             "outputs": [
@@ -151,11 +143,20 @@ class Plan:
             "returns": [value.name for value in self.graph.outputs],
             "profiles": described(self.profiles),
             "layers": [self._layer(node) for node in self.graph.nodes],
-            "memory": None if use is None else {"total": use.total, "peak": use.peak, "at": use.at},
+            "memory": self._memory(),
             "weights": sum(value.nbytes or 0 for value in self.graph.constants()),
             "passes": [{"name": e.name, "added": e.added, "removed": e.removed} for e in self.effects],
             "precision": self.precision,
         }
+
+    def _memory(self) -> dict[str, Any] | None:
+        """Bytes of intermediate values and results: of all, and what a run takes; and the node where most live."""
+        if self._executor is None:
+            use = memory_use(self.graph)
+            return None if use is None else {"total": use.total, "peak": use.peak, "at": use.at}
+        program = self._executor.program(tuple(self._usual_shapes()))
+        use = memory_use(program.graph)
+        return None if use is None else {"total": use.total, "peak": program.run_bytes, "at": use.at}
 
     def _layer(self, node: Node) -> dict[str, Any]:
         choice = self.choices.get(node)
@@ -170,23 +171,33 @@ class Plan:
         }
 
     def profile(self, inputs: Mapping[str, Any], runs: int = 10) -> list[tuple[str, str, float]]:
-        """Name, operator and mean milliseconds of each layer over some runs."""
+        """Name, operator and mean milliseconds of each layer over some runs; 0 for one that costs nothing."""
         symbols: dict[str, int] = {}
         arguments = [self._argument(value, inputs, symbols) for value in self.graph.inputs]
         times: dict[Node, float] = dict.fromkeys(self.graph.nodes, 0.0)
+        with torch.inference_mode():
+            if self._executor is None:
+                self._time_calls(arguments, times, runs)
+            else:
+                program = self._executor.program(shapes_of(arguments))
+                for step in program.profile(arguments, runs):
+                    node = program.origins.get(step.node)
+                    if node is not None:
+                        times[node] = times.get(node, 0.0) + step.milliseconds
+        return [(node.name, node.op, milliseconds) for node, milliseconds in times.items()]
+
+    def _time_calls(self, arguments: list[Any], times: dict[Node, float], runs: int) -> None:
+        """Add to `times` what each node takes as a call of Python."""
         last = 0.0
 
         def see(node: Node, given: list[Any], results: tuple[Any, ...]) -> None:
             nonlocal last
-            now = time.perf_counter()
-            times[node] += now - last
+            times[node] += (time.perf_counter() - last) / runs * 1e3
             last = time.perf_counter()
 
-        with torch.inference_mode():
-            for _ in range(runs):
-                last = time.perf_counter()
-                self.program.trace(arguments, see)
-        return [(node.name, node.op, seconds / runs * 1e3) for node, seconds in times.items()]
+        for _ in range(runs):
+            last = time.perf_counter()
+            self.program.trace(arguments, see)
 
     def _argument(self, value: Value, inputs: Mapping[str, Any], symbols: dict[str, int]) -> Any:
         if value.name not in inputs:
@@ -350,22 +361,33 @@ def _exported(module: torch.nn.Module, args: Sequence[torch.Tensor] | None) -> b
     return buffer.getvalue()
 
 
-def example_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> list[Any]:
-    """Inputs to tune on: random floats, zeros else.
+def example_shapes(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> list[tuple[int, ...] | None]:
+    """Shapes of the inputs, None for those whose rank is open.
 
     An open dimension that `shapes` does not say is what it is in another input that has one of its name, else 1.
     """
-    generator = torch.Generator().manual_seed(0)
     sizes: dict[str, int] = {}
     for value in graph.inputs:
         for dim, size in zip(value.shape or (), shapes.get(value.name, ()), strict=False):
             if isinstance(dim, str):
                 sizes[dim] = size
+    return [
+        tuple(shapes[value.name])
+        if shapes.get(value.name)
+        else None
+        if value.shape is None
+        else tuple(sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in value.shape)
+        for value in graph.inputs
+    ]
+
+
+def example_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> list[Any]:
+    """Inputs to tune on: random floats, zeros else."""
+    generator = torch.Generator().manual_seed(0)
     inputs: list[Any] = []
-    for value in graph.inputs:
-        if value.dtype is None or value.dtype is DType.STRING or value.shape is None:
+    for value, shape in zip(graph.inputs, example_shapes(graph, shapes), strict=True):
+        if value.dtype is None or value.dtype is DType.STRING or shape is None:
             raise ValueError(f"input {value.name!r} has no shape to tune for")
-        shape = shapes.get(value.name) or [sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in value.shape]
         if value.dtype.is_float:
             inputs.append(torch.randn(list(shape), generator=generator).to(value.dtype.torch))
         else:

@@ -95,6 +95,13 @@ class NativeProgram:
         return self.tape.arena_bytes
 
     @property
+    def run_bytes(self) -> int:
+        """What one run takes for intermediate values and results, those of nodes that Python runs all together."""
+        outside = {value for value in self.graph.outputs if value.producer is not None}
+        outside.update(value for node in self.python_nodes for value in node.outputs)
+        return self.arena_bytes + sum(value.nbytes or 0 for value in outside)
+
+    @property
     def python_nodes(self) -> list[Node]:
         """Nodes that no native kernel computes."""
         return [item.node for item in self._items if isinstance(item, _Call)]
