@@ -113,7 +113,9 @@ def check_long(report: Report, requests: int = 64, count: int = 1024) -> None:
     each = -(-requests // len(TASKS))
     items = [item for task in TASKS for item in make_items(task, 0, each, "heldout", lambda texts: [*map(len, texts)])]
     with LLM("tiny", dtype="bfloat16") as llm:
-        prompts = [llm.tokenizer.render_chat(list(item.messages)) for item in items[:requests]]
+        room = llm.max_model_len - count
+        prompts = [llm.tokenizer.render_chat(list(item.messages)) for item in items]
+        prompts = [prompt for prompt in prompts if len(llm.tokenizer.encode(prompt)) < room][:requests]
         for name, batch in (("alone", prompts[:4]), ("together", prompts)):
             groups = [[prompt] for prompt in batch] if name == "alone" else [batch]
             gaps = []
@@ -133,7 +135,7 @@ def check_long(report: Report, requests: int = 64, count: int = 1024) -> None:
                 report.fail(f"long {name}: a token differs with a gap of {worst:.3f} between the logits")
 
 
-TIE = 0.25  # between logits of 10 to 20, which bfloat16 rounds by 0.06, after layers that round alike
+TIE = 0.5  # between logits of some 20, which bfloat16 by itself rounds by 0.06, after eight layers that round too
 
 
 SHAPES: dict[str, dict[str, Any]] = {
