@@ -24,7 +24,7 @@ from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
-from trine.kernels.triton.gated_linear import FUSED_ROWS, fused
+from trine.kernels.triton.gated_linear import fused
 from trine.kernels.triton.small_linear import small_gated_linear, small_linear, small_qkv_linear
 
 _GROUP = 1024  # columns that share a scale, where a row has several
@@ -219,8 +219,7 @@ def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None
 
 def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> Fp8Rows:
     """`linear_silu_mul`, rounded."""
-    one_kernel = isinstance(x, Fp8Rows) and not 128 < x.shape[0] < FUSED_ROWS  # two rounds of tiles: no faster than two
-    y = fused(x, weight, bias) if one_kernel else None
+    y = fused(x, weight, bias) if isinstance(x, Fp8Rows) else None
     return silu_mul_rows(linear(x, weight, bias)) if y is None else quantize_rows(y)
 
 
