@@ -89,6 +89,7 @@ class Worker:
         self._beginning = False
         self.is_async = self._begin is not None
         self.unbounded: bool = getattr(instance, "unbounded", False)
+        self.linger: Callable[[], None] | None = getattr(instance, "linger", None)
 
     async def ask_ready(self) -> bool:
         """Whether the instance would serve a request now, where it can tell."""
@@ -281,6 +282,12 @@ class InstancePool:
             worker.hand(batch)
         else:
             self._ready.append(batch)
+
+    def linger(self) -> None:
+        """Nothing else waits: a batch in another process that will be over at once may be waited for."""
+        for worker in self.workers:
+            if worker.linger is not None and worker.outstanding == 1:
+                worker.linger()
 
     def next_ready(self) -> Batch | None:
         """A batch that lies ready; called by instances' threads too."""

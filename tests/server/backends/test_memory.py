@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,9 +46,11 @@ def test_blocks_never_overlap_while_they_are_in_use(region: Region) -> None:
 
 def test_a_block_is_free_when_the_last_view_of_it_is_gone(region: Region) -> None:
     writer, reader, _ = region
-    block, ((*_, start, size),) = wire.write_tensors(writer, [("x", "FP32", (4,), np.arange(4, dtype=np.float32))])
-    lease = reader.lease(*block)
-    tensor = np.ndarray((4,), np.float32, lease[start : start + size])
+    packer = wire.Packer()
+    *_, start, _ = packer.add("x", "FP32", (4096,), np.arange(4096, dtype=np.float32))
+    packer.add("y", "FP32", (1,), b"1234")  # too large for the message itself
+    lease = wire.content_of(packer.place(writer), reader)
+    tensor = np.ndarray((4096,), np.float32, lease, start)
     part = tensor[1:3]
     del lease, tensor
     assert writer.busy_bytes > 0
@@ -78,12 +81,16 @@ def test_pages_of_large_blocks_go_back_after_a_rush(region: Region) -> None:
     assert used_bytes(descriptor) < rush / 4
 
 
+@pytest.mark.parametrize("before", [b"", b"12345", bytes(20_000)], ids=["alone", "second", "in shared memory"])
 @pytest.mark.parametrize("content", [b"abc", np.arange(12).reshape(3, 4).T, np.zeros((0, 3)), memoryview(b"12")])
-def test_tensors_arrive_as_they_were(region: Region, content: object) -> None:
+def test_tensors_arrive_as_they_were(region: Region, content: Any, before: bytes) -> None:
     writer, reader, _ = region
-    block, ((*_, start, size),) = wire.write_tensors(writer, [("x", "ANY", (1,), content)])
-    found = reader.lease(*block)[start : start + size].tobytes() if size else b""
-    assert found == (np.ascontiguousarray(content).tobytes() if isinstance(content, np.ndarray) else bytes(content))  # type: ignore[call-overload]
+    packer = wire.Packer()
+    packer.add("before", "ANY", (len(before),), before)
+    *_, start, size = packer.add("x", "ANY", (1,), content)
+    assert start % HEADER == 0
+    found = bytes(wire.content_of(packer.place(writer), reader)[start : start + size])
+    assert found == (np.ascontiguousarray(content).tobytes() if isinstance(content, np.ndarray) else bytes(content))
 
 
 def test_a_message_too_long_for_a_datagram_goes_through_memory(region: Region) -> None:

@@ -18,6 +18,7 @@ from trine.server.scheduling.queue import RequestQueue
 
 ModelConfig = Any
 
+_ALONE_AGAIN = 4  # requests in a row that were the only one: then nothing is gained by doing something else meanwhile
 _TURN_NS = 2_000_000  # computing in the event loop, a model gives others a turn after so long
 
 ALONE = "computed alone: the model does not batch"
@@ -46,6 +47,7 @@ class DynamicScheduler:
         self._queue = RequestQueue(batching)
         self._simple = self._queue.plain and not self._waits
         self._pump_soon = False
+        self._alone = 0
         self._delay_timer: asyncio.TimerHandle | None = None
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._expiry_ns = 0
@@ -94,6 +96,12 @@ class DynamicScheduler:
     def _pump_now(self) -> None:
         self._pump_soon = False
         self._pump()
+        if self._answers.open != 1:
+            self._alone = 0
+        elif self._alone < _ALONE_AGAIN:
+            self._alone += 1
+        else:
+            self._pool.linger()
 
     def _pump(self) -> None:
         """Start what can be started now."""

@@ -30,17 +30,13 @@ ERROR_CODES = (
 """Our codes by Triton's numbers."""
 _NUMBERS = {code: number for number, code in enumerate(ERROR_CODES)}
 _LEVELS = (logging.INFO, logging.WARNING, logging.ERROR, logging.DEBUG)
-_COPY_BELOW = 32 * 1024
 _START, _END = 1, 2
 
 
-def read_tensors(process: ModelProcess, block: wire.Block, entries: list[wire.TensorEntry]) -> list[Tensor]:
-    """The tensors of one response or request that alone has `block`; large ones stay where they are."""
-    offset, size = block
-    if not offset:
-        return [Tensor(name, datatype, shape, raw=b"") for name, datatype, shape, _, _ in entries]
-    content: Any = process.reader.take(offset, size) if size < _COPY_BELOW else process.reader.lease(offset, size).data
-    return slice_tensors(content, entries)
+def read_block(process: ModelProcess, block: wire.Block) -> Any:
+    """What `slice_tensors` cuts."""
+    content = wire.content_of(block, process.reader)
+    return content if type(content) is bytes else content.data
 
 
 def slice_tensors(content: Any, entries: list[wire.TensorEntry]) -> list[Tensor]:
@@ -50,11 +46,10 @@ def slice_tensors(content: Any, entries: list[wire.TensorEntry]) -> list[Tensor]
     ]
 
 
-def content_of(tensor: Tensor) -> tuple[str, str, tuple[int, ...], Any]:
-    """What `wire.write_tensors` takes."""
-    if tensor.is_raw or tensor.datatype == "BYTES":
-        return tensor.name, tensor.datatype, tensor.shape, tensor.raw
-    return tensor.name, tensor.datatype, tensor.shape, tensor.array
+def pack(packer: wire.Packer, tensor: Tensor) -> wire.TensorEntry:
+    """Add a tensor to a message; an array of numbers is copied once, by the packer."""
+    content = tensor.raw if tensor.is_raw or tensor.datatype == "BYTES" else tensor.array
+    return packer.add(tensor.name, tensor.datatype, tensor.shape, content)
 
 
 class ModelCalls:
@@ -91,7 +86,7 @@ class ModelCalls:
         name, version, request_id, correlation_id, flags, timeout, parameters, outputs, context, decoupled = details
         request = InferRequest(
             name,
-            {tensor.name: tensor for tensor in read_tensors(self._process, block, entries)},
+            {tensor.name: tensor for tensor in slice_tensors(read_block(self._process, block), entries)},
             lambda response: self._pass_on(call, response, decoupled),
             model_version="" if version < 0 else str(version),
             id=request_id,
@@ -134,7 +129,9 @@ class ModelCalls:
         elif response.is_empty and not decoupled:
             error = (_NUMBERS[Code.INTERNAL], "Unexpected empty response.")
         process = self._process
-        block, entries = wire.write_tensors(process.memory, [content_of(tensor) for tensor in response.outputs])
+        packer = wire.Packer()
+        entries = [pack(packer, tensor) for tensor in response.outputs]
+        block = packer.place(process.memory)
         process.send_aside(wire.BLS_RESPONSE, call, block, (entries, error, response.parameters), final)
 
     # --- everything else ---------------------------------------------------------------------------------------------

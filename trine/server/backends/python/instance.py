@@ -17,7 +17,7 @@ from trine.core.errors import ModelLoadError
 from trine.core.sizes import format_bytes
 from trine.server.backends.base import BatchDone, Host, Respond
 from trine.server.backends.python import wire
-from trine.server.backends.python.calls import ERROR_CODES, ModelCalls, content_of, read_tensors, slice_tensors
+from trine.server.backends.python.calls import ERROR_CODES, ModelCalls, pack, read_block, slice_tensors
 from trine.server.backends.python.memory import CANCEL_FLAGS
 from trine.server.backends.python.options import PythonOptions
 from trine.server.backends.python.process import ModelProcess
@@ -31,7 +31,6 @@ _READINESS_TIMEOUT_S = 5.0
 _RESTART_PAUSES_S = (0.0, 0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 _STABLE_S = 10.0
 _KILL_ABOVE = 1.5  # times the memory limit: no waiting for the batch's end any more
-_COPY_BELOW = 32 * 1024
 
 
 class _Open:
@@ -78,6 +77,7 @@ class PythonInstance:
         self._batches: deque[_Batch] = deque()
         self._waiting: deque[_Batch] = deque()
         self._head_since = 0.0
+        self._recent_ns = 2 * wire.PATIENCE_NS  # from a batch's messages to the end of it
         self._watching: asyncio.TimerHandle | None = None
         self._condemned: str | None = None
         self._recycling = False
@@ -225,24 +225,21 @@ class PythonInstance:
                 batch, ServerError(f"'{self.name}' holds {len(self._open)} requests already", Code.UNAVAILABLE)
             )
             return
-        contents: list[Any] = []
-        for request in batch.requests:
-            contents += map(content_of, request.inputs.values())
+        packer = wire.Packer()
+        entries = [[pack(packer, tensor) for tensor in request.inputs.values()] for request in batch.requests]
         try:
-            block, entries = wire.write_tensors(process.memory, contents)
+            block = packer.place(process.memory)
         except MemoryError as error:
             self._refuse(batch, ServerError(str(error), Code.UNAVAILABLE))
             return
-        flags, position, messages = process.memory.map, 0, []
-        for request in batch.requests:
+        flags, messages = process.memory.map, []
+        for request, own in zip(batch.requests, entries, strict=True):
             slot = self._slots.pop() if self._slots else self._new_slot()
             flags[slot] = 1 if request.cancelled else 0
             batch.slots.append(slot)
             self._open[slot] = _Open(request, batch.respond)
             request.on_cancel = lambda slot=slot, request=request: self._on_cancel(slot, request)
-            end = position + len(request.inputs)
-            messages.append(_request_message(slot, request, entries[position:end]))
-            position = end
+            messages.append(_request_message(slot, request, own))
         if not self._batches:
             self._head_since = monotonic()
         self._batches.append(batch)
@@ -250,6 +247,11 @@ class PythonInstance:
         batch.input_end_ns = monotonic_ns()
         if self._watching is None:
             self._watching = self._host.loop.call_later(_WATCH_S, self._watch)
+
+    def linger(self) -> None:
+        """Wait for the end of the batch that was just begun, if it will be over at once."""
+        if self._process is not None and len(self._batches) == 1 and self._recent_ns < 2 * wire.PATIENCE_NS:
+            self._process.linger()
 
     def _new_slot(self) -> int:
         self._next_slot += 1
@@ -345,6 +347,7 @@ class PythonInstance:
         now = monotonic_ns()
         batch = self._batches.popleft()
         self._head_since = monotonic()
+        self._recent_ns = now - batch.input_end_ns
         if error is not None:
             failure = ServerError(error, Code.INTERNAL)
             logger.error("%s", error)
@@ -359,12 +362,7 @@ class PythonInstance:
     def _respond_batch(self, batch: _Batch, block: wire.Block, responses: list[Any]) -> None:
         process = self._process
         assert process is not None
-        offset, size = block
-        content: Any = b""
-        if offset:
-            content = (
-                process.reader.take(offset, size) if size < _COPY_BELOW else process.reader.lease(offset, size).data
-            )
+        content = read_block(process, block)
         for slot, request, response in zip(batch.slots, batch.requests, responses, strict=True):
             if response is None:
                 continue  # its sender answers
@@ -393,14 +391,14 @@ class PythonInstance:
         assert self._process is not None
         entry = self._open.get(slot)
         if entry is None:
-            if block[0]:
-                self._process.reader.free(block[0])
+            wire.free(block, self._process.reader)
             return
         if message is None:
             response = InferResponse(final=True)
         else:
             entries, error, parameters = message
-            response = _response(read_tensors(self._process, block, entries), error, parameters, final=final)
+            tensors = slice_tensors(read_block(self._process, block), entries)
+            response = _response(tensors, error, parameters, final=final)
         if not self._decoupled:  # its one response and its end are one
             if not final:
                 entry.held = response

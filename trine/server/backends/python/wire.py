@@ -1,33 +1,41 @@
 """Messages between the server and a model's process: plain tuples, in one datagram each; tensors lie in shared memory.
 
 Every message is (kind, …). A tensor is described by (name, datatype, shape, start, size): where its bytes lie within
-the content of the message's block.
+the content of the message's block. Few bytes are in the message itself.
 """
 
 from __future__ import annotations
 
 import marshal
+import os
+import select
 import socket
+from time import monotonic_ns
 from typing import Any
 
 import numpy as np
 
 from trine.server.backends.python.memory import HEADER, Reader, Writer
 
+PATIENCE_NS = 100_000 if len(os.sched_getaffinity(0)) > 1 else 0
+"""How long to look for a message that is expected at once. Waking a processor that sleeps takes as long again."""
+
 Message = tuple[Any, ...]
 TensorEntry = tuple[str, str, tuple[int, ...], int, int]
-Block = tuple[int, int]
-"""Offset and size of a block's content; (0, 0) is none."""
+Block = tuple[int, int] | bytes
+"""The content of tensors: offset and size in shared memory, or the content itself."""
 
-NO_BLOCK: Block = (0, 0)
+NO_BLOCK: Block = b""
 LARGEST_DATAGRAM = 128 * 1024
+_LARGEST_INLINE = 16 * 1024  # below, copying twice costs less than the bookkeeping of shared memory
+_PADDING = bytes(HEADER)
 _VERSION = 4  # marshal's format that every Python from 3.4 on reads
 
 # from the server, on the main channel
 INITIALIZE = 0  # (_, arguments: dict)
 EXECUTE = 1  # (_, block, requests)
 FINALIZE = 2  # (_,)
-LARGE = 3  # (_, block): the block's content is the message
+LARGE = 3  # (_, (offset, size)): the content there is the message
 
 # from the server, on the side channel
 REPLY = 10  # (_, call, result, error: str | None)
@@ -86,6 +94,52 @@ def datagram(message: Message, memory: Writer) -> bytes:
     return data
 
 
+class Packer:
+    """Collects the tensors of a message, each begun at a multiple of HEADER bytes."""
+
+    __slots__ = ("_parts", "_size")
+
+    def __init__(self) -> None:
+        self._parts: list[Any] = []
+        self._size = 0
+
+    def add(self, name: str, datatype: str, shape: tuple[int, ...], content: Any) -> TensorEntry:
+        """content: bytes-like, or an array of numbers; it is copied by `place`."""
+        size = len(content) if type(content) is bytes else content.nbytes
+        start = self._size
+        if size:
+            self._parts.append(content)
+            self._size = start + size
+            if size % HEADER:
+                rest = HEADER - size % HEADER
+                self._parts.append(_PADDING[:rest])
+                self._size += rest
+        return name, datatype, shape, start, size
+
+    def place(self, memory: Writer) -> Block:
+        """The block of all tensors: in `memory`, or itself part of the message where it is small."""
+        size = self._size
+        if size <= _LARGEST_INLINE:
+            try:
+                return b"".join(self._parts)
+            except TypeError:  # of an array whose elements do not follow each other
+                return b"".join([part if type(part) is bytes else np.asarray(part).tobytes() for part in self._parts])
+        offset = memory.allocate(size)
+        position, region = offset + HEADER, memory.map
+        for part in self._parts:
+            if type(part) is bytes:
+                end = position + len(part)
+                region[position:end] = part
+            else:
+                end = position + part.nbytes
+                if isinstance(part, np.ndarray) and not part.flags.c_contiguous:
+                    np.ndarray(part.shape, part.dtype, region, position)[...] = part
+                else:
+                    region[position:end] = part
+            position = end
+        return offset, size
+
+
 class Receiver:
     """Reads messages of one channel, whose blocks lie in `memory`."""
 
@@ -93,6 +147,17 @@ class Receiver:
         self._channel = channel
         self._memory = memory
         self._buffer = memoryview(bytearray(LARGEST_DATAGRAM + 1024))
+        self._poller = select.poll()
+        self._poller.register(channel, select.POLLIN)
+
+    def await_message(self, patience_ns: int) -> bool:
+        """Look for a message again and again, without sleeping, for so long; whether there is one."""
+        poll = self._poller.poll
+        deadline = monotonic_ns() + patience_ns
+        while not poll(0):
+            if monotonic_ns() > deadline:
+                return False
+        return True
 
     def receive(self) -> Message | None:
         """The next message; None when the other side is gone."""
@@ -105,25 +170,12 @@ class Receiver:
         return message
 
 
-def write_tensors(
-    memory: Writer, tensors: list[tuple[str, str, tuple[int, ...], Any]]
-) -> tuple[Block, list[TensorEntry]]:
-    """Copy tensors (name, datatype, shape, content) into one block. Content: bytes-like, or an array of numbers."""
-    entries: list[TensorEntry] = []
-    size = 0
-    for name, datatype, shape, content in tensors:
-        length = content.nbytes if isinstance(content, np.ndarray | memoryview) else len(content)
-        entries.append((name, datatype, shape, size, length))
-        size += -(-length // HEADER) * HEADER
-    if not size:
-        return NO_BLOCK, entries
-    offset = memory.allocate(size)
-    start, region = offset + HEADER, memory.map
-    for (_, _, _, position, length), (_, _, _, content) in zip(entries, tensors, strict=True):
-        if not length:
-            continue
-        if isinstance(content, np.ndarray) and not content.flags.c_contiguous:
-            np.ndarray(content.shape, content.dtype, region, start + position)[...] = content
-        else:
-            region[start + position : start + position + length] = content
-    return (offset, size), entries
+def content_of(block: Block, memory: Reader) -> Any:
+    """The content of a block, to be cut by the entries: bytes of the message, or a lease that holds the memory."""
+    return block if type(block) is bytes else memory.lease(*block)
+
+
+def free(block: Block, memory: Reader) -> None:
+    """Nobody reads the block."""
+    if type(block) is not bytes:
+        memory.free(block[0])

@@ -21,7 +21,10 @@ _NUMBERS_TO_NUMPY: dict[int, Any] = {TYPE_NUMBERS[name]: dtype.type for name, dt
 
 def get_input_tensor_by_name(inference_request: Any, name: str) -> Any:
     """The request's input of that name, or None."""
-    return next((tensor for tensor in inference_request.inputs() if tensor.name() == name), None)
+    for tensor in inference_request.inputs():
+        if tensor.name() == name:
+            return tensor
+    return None
 
 
 def get_output_tensor_by_name(inference_response: Any, name: str) -> Any:

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from trine.server.backends.python import wire
-from trine.server.backends.python.memory import Reader, Writer
+from trine.server.backends.python.memory import Lease, Reader, Writer
 from trine.server.backends.python.stub.errors import TritonModelException
 
 Waiter = Callable[[wire.Message], None]
+_MISSES = 8
+_TRY_EVERY = 16
 
 
 class Connection:
@@ -33,6 +35,7 @@ class Connection:
         self._late: deque[wire.Message] = deque()
         self._waiting: dict[int, Waiter] = {}
         self._calls = 0
+        self._misses = _MISSES  # messages in a row that did not come at once
         self.on_readiness: Callable[[int], None] = lambda call: None
         self.accepts_bls = False
 
@@ -40,8 +43,20 @@ class Connection:
         threading.Thread(target=self._read_side, name="side channel", daemon=True).start()
 
     def receive(self) -> wire.Message | None:
-        """The next batch, or whatever else is for the main thread."""
+        """The next batch, or whatever else is for the main thread.
+
+        It is looked for without sleeping where one of the last came at once; else now and then, to learn if they do.
+        """
+        self._misses += 1
+        looks = self._misses < _MISSES or self._misses % _TRY_EVERY == 0
+        if looks and self._receiver.await_message(wire.PATIENCE_NS):
+            self._misses = 0
         return self._receiver.receive()
+
+    def content_of(self, block: wire.Block) -> Lease | bytearray:
+        """The content of a message's tensors, which the model may write to."""
+        content = wire.content_of(block, self.memory)
+        return bytearray(content) if type(content) is bytes else content
 
     def is_cancelled(self, slot: int) -> bool:
         return self.memory.map[slot] == 1
@@ -52,15 +67,10 @@ class Connection:
         if self._late:
             self._send_late()
 
-    def send_tensors(
-        self, groups: list[list[Any]], message: Callable[[wire.Block, list[list[wire.TensorEntry]]], wire.Message]
-    ) -> None:
-        """Send a message with the tensors of `groups` in one block; `message` makes it of block and entries."""
+    def send_packed(self, packer: wire.Packer, message: Callable[[wire.Block], wire.Message]) -> None:
+        """Send a message with the packer's tensors in one block; `message` makes it of the block."""
         with self._lock:
-            block, entries = wire.write_tensors(self._outgoing, [tensor for group in groups for tensor in group])
-            each = iter(entries)
-            divided = [[next(each) for _ in group] for group in groups]
-            self._main.sendall(wire.datagram(message(block, divided), self._outgoing))
+            self._main.sendall(wire.datagram(message(packer.place(self._outgoing)), self._outgoing))
         if self._late:
             self._send_late()
 
@@ -122,8 +132,8 @@ class Connection:
             waiter = self._waiting.get(message[1])
             if waiter is not None:
                 waiter(message)
-            elif message[0] == wire.BLS_RESPONSE and message[2][0]:
-                self.memory.free(message[2][0])
+            elif message[0] == wire.BLS_RESPONSE:
+                wire.free(message[2], self.memory)
 
 
 connection: Connection

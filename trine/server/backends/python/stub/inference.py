@@ -79,7 +79,7 @@ class InferenceResponse:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"output_tensors: expected pb_utils.Tensor, got {type(tensor).__name__}")
         self._error = error
-        self._parameters = checked_parameters(parameters)
+        self._parameters = checked_parameters(parameters) if parameters else {}
 
     def output_tensors(self) -> list[Tensor]:
         return self._tensors
@@ -94,17 +94,15 @@ class InferenceResponse:
         """The parameters as JSON."""
         return json.dumps(self._parameters)
 
-    def _contents(self, requested: Collection[str] | None) -> list[Any]:
+    def _pack(self, packer: wire.Packer, requested: Collection[str] | None) -> tuple[Any, ...]:
+        """The response as it is sent, without the requested outputs' content, which goes to `packer`."""
         if self._error is not None:
-            return []
-        return [tensor._content() for tensor in self._tensors if requested is None or tensor._name in requested]
-
-    def _message(self, entries: list[wire.TensorEntry]) -> tuple[Any, ...]:
-        error = None if self._error is None else (int(self._error.code()), self._error.message())
-        return entries, error, self._parameters or None
+            return [], (int(self._error.code()), self._error.message()), self._parameters or None
+        entries = [tensor._pack(packer) for tensor in self._tensors if requested is None or tensor._name in requested]
+        return entries, None, self._parameters or None
 
     @classmethod
-    def _of_message(cls, message: tuple[Any, ...], content: Lease | None) -> InferenceResponse:
+    def _of_message(cls, message: tuple[Any, ...], content: Lease | bytearray) -> InferenceResponse:
         entries, error, parameters = message
         return cls(
             [Tensor._of_entry(entry, content) for entry in entries],
@@ -135,19 +133,11 @@ class InferenceResponseSender:
                 "Inference Response object must be provided when the response flags is set to zero."
             )
         final = bool(flags)
-        contents = [] if response is None else response._contents(self._requested)
+        packer = wire.Packer()
+        message = None if response is None else response._pack(packer, self._requested)
         with self._lock:
             self._count(response is not None, final)
-            wires.connection.send_tensors(
-                [contents],
-                lambda block, entries: (
-                    wire.RESPONSE,
-                    self._slot,
-                    block,
-                    None if response is None else response._message(entries[0]),
-                    final,
-                ),
-            )
+            wires.connection.send_packed(packer, lambda block: (wire.RESPONSE, self._slot, block, message, final))
 
     def is_cancelled(self) -> bool:
         """Whether the client called the request off or hung up."""
@@ -237,7 +227,9 @@ class InferenceRequest:
         self._model: ModelIdentity | None = None
 
     @classmethod
-    def _of_message(cls, message: tuple[Any, ...], content: Lease | None, model: ModelIdentity) -> InferenceRequest:
+    def _of_message(
+        cls, message: tuple[Any, ...], content: Lease | bytearray, model: ModelIdentity
+    ) -> InferenceRequest:
         """A request to this model. What models seldom ask for is made when they do."""
         request = cls.__new__(cls)
         (
@@ -311,11 +303,11 @@ class InferenceRequest:
             return self._sender.is_cancelled()
         return self._model is not None and wires.connection.is_cancelled(self._slot)
 
-    def _answers_with(self, response: InferenceResponse) -> list[Any]:
-        """The tensors to send of the response that `execute` returned; its sender is closed."""
+    def _answer(self, response: InferenceResponse, packer: wire.Packer) -> tuple[Any, ...]:
+        """What to send of the response that `execute` returned; its sender is closed."""
         if self._sender is not None:
             self._sender._count(True, True)
-        return response._contents(self._requested)
+        return response._pack(packer, self._requested)
 
     def _abandon(self) -> None:
         """`execute` has returned nothing for the request: without a sender nobody will answer it."""
@@ -363,10 +355,9 @@ class InferenceRequest:
             self._context,
             decoupled,
         )
-        connection.send_tensors(
-            [[tensor._content() for tensor in self._inputs]],
-            lambda block, entries: (wire.BLS, responses._call, block, details, entries[0]),
-        )
+        packer = wire.Packer()
+        entries = [tensor._pack(packer) for tensor in self._inputs]
+        connection.send_packed(packer, lambda block: (wire.BLS, responses._call, block, details, entries))
         return responses
 
 
@@ -425,9 +416,9 @@ class ResponseIterator:
 
     def _on_message(self, message: wire.Message) -> None:
         """In the side channel's thread."""
-        _, call, (offset, size), response, final = message
+        _, call, block, response, final = message
         connection = wires.connection
-        content = connection.memory.lease(offset, size) if offset else None
+        content = connection.content_of(block)
         if final:
             connection.forget(call)
         with self._changed:

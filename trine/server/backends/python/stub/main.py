@@ -175,7 +175,7 @@ class Runner:
 
     def _execute(self, block: wire.Block, messages: list[wire.Message]) -> None:
         """Execute a batch and answer it. Whatever the model raises becomes its requests' error."""
-        content = self._connection.memory.lease(*block) if block[0] else None
+        content = self._connection.content_of(block)
         requests = [InferenceRequest._of_message(message, content, self._identity) for message in messages]
         try:
             returned = self._model.execute(requests)
@@ -195,10 +195,11 @@ class Runner:
     def _respond(self, requests: list[InferenceRequest], returned: Any) -> None:
         """Send what `execute` returned, in one message. TritonModelException where it is not what it has to be."""
         self._check_list(requests, returned)
-        groups: list[list[Any]] = []
+        packer = wire.Packer()
+        each: list[Any] = []
         for request, response in zip(requests, returned, strict=True):
             if response is None:
-                groups.append([])
+                each.append(_unanswered(request))
             elif request._release_flags == RELEASE_RESCHEDULE:
                 raise TritonModelException(
                     "Expected a None object in the execute function return list for reschduled request, found type "
@@ -210,16 +211,8 @@ class Runner:
                     f"'{type(response)}'."
                 )
             else:
-                groups.append(request._answers_with(response))
-
-        def message(block: wire.Block, entries: list[list[wire.TensorEntry]]) -> wire.Message:
-            each = [
-                _unanswered(request) if response is None else response._message(own)
-                for request, response, own in zip(requests, returned, entries, strict=True)
-            ]
-            return wire.DONE, block, each, None
-
-        self._connection.send_tensors(groups, message)
+                each.append(request._answer(response, packer))
+        self._connection.send_packed(packer, lambda block: (wire.DONE, block, each, None))
 
     def _check_list(self, requests: list[InferenceRequest], returned: Any) -> None:
         if self._identity.decoupled:

@@ -10,7 +10,7 @@ import numpy as np
 from trine.server.backends.python.memory import Lease
 from trine.server.backends.python.stub import dlpack
 from trine.server.backends.python.stub.errors import TritonModelException
-from trine.server.backends.python.wire import DATATYPE_TO_NUMPY, NUMPY_TO_DATATYPE, TensorEntry
+from trine.server.backends.python.wire import DATATYPE_TO_NUMPY, NUMPY_TO_DATATYPE, Packer, TensorEntry
 
 Array = np.ndarray[Any, Any]
 
@@ -33,50 +33,56 @@ TYPE_NUMBERS = {
 
 
 def datatype_of(array: Array) -> str:
-    datatype = NUMPY_TO_DATATYPE.get(array.dtype.char)
-    if datatype is None:
-        if array.dtype.kind == "U":
-            return "BYTES"
-        raise TritonModelException(
-            f"numpy's {array.dtype} is no datatype of a tensor: convert it, for example astype()"
-        )
-    return datatype
+    """The datatype of an array whose type is not in `NUMPY_TO_DATATYPE`: text, or none. TritonModelException."""
+    if array.dtype.kind == "U":
+        return "BYTES"
+    raise TritonModelException(f"numpy's {array.dtype} is no datatype of a tensor: convert it, for example astype()")
 
 
 class Tensor:
     """A named tensor of a numpy array. Arrays of objects or bytes are strings (BYTES)."""
 
-    __slots__ = ("_array", "_bytes", "_datatype", "_name", "_shape")
+    __slots__ = ("_array", "_datatype", "_name", "_raw", "_shape", "_size", "_start")
 
     def __init__(self, name: str, numpy_array: Array) -> None:
         if name == "":
             raise TritonModelException("Tensor name cannot be an empty string.")
-        if not isinstance(numpy_array, np.ndarray | np.generic):
+        if type(numpy_array) is np.ndarray:
+            array = numpy_array
+        elif isinstance(numpy_array, np.ndarray | np.generic):
+            array = np.asarray(numpy_array)
+        else:
             raise TypeError(f"Tensor {name!r}: expected a numpy array, got {type(numpy_array).__name__}")
-        array = np.asarray(numpy_array)
+        dtype = array.dtype
         self._name = name
-        self._datatype = datatype_of(array)
-        if not array.dtype.isnative:
-            array = array.astype(array.dtype.newbyteorder("="))
+        self._datatype = NUMPY_TO_DATATYPE.get(dtype.char) or datatype_of(array)
+        if not dtype.isnative:
+            array = array.astype(dtype.newbyteorder("="))
         self._array: Array | None = array
-        self._bytes: Array | None = None
+        self._raw: Any = None  # what holds the tensor's bytes, `_size` of them from `_start` on, if not `_array`
+        self._start = self._size = 0
         self._shape = array.shape
 
     @classmethod
-    def _of_entry(cls, entry: TensorEntry, content: Lease | None) -> Tensor:
+    def _of_entry(cls, entry: TensorEntry, content: Lease | bytearray) -> Tensor:
         """A tensor that lies in `content`; its array is made when somebody asks."""
         tensor = cls.__new__(cls)
-        tensor._name, tensor._datatype, tensor._shape, start, size = entry
+        tensor._name, tensor._datatype, tensor._shape, tensor._start, tensor._size = entry
         tensor._array = None
-        tensor._bytes = content[start : start + size] if content is not None and size else np.empty(0, np.uint8)
+        tensor._raw = content
         return tensor
 
     @classmethod
     def _of_bytes(cls, name: str, datatype: str, shape: tuple[int, ...], content: Array) -> Tensor:
         tensor = cls.__new__(cls)
         tensor._name, tensor._datatype, tensor._shape = name, datatype, shape
-        tensor._array, tensor._bytes = None, content
+        tensor._array, tensor._raw = None, content
+        tensor._start, tensor._size = 0, content.nbytes
         return tensor
+
+    def _bytes(self) -> Array:
+        """The bytes of a tensor that has no array."""
+        return np.ndarray((self._size,), np.uint8, self._raw if self._size else b"", self._start if self._size else 0)
 
     def name(self) -> str:
         return self._name
@@ -94,21 +100,21 @@ class Tensor:
     def as_numpy(self) -> Array:
         """The tensor as an array, without a copy of numbers; strings are `bytes` objects."""
         if self._array is None:
-            assert self._bytes is not None
             if self._datatype == "BF16":
                 raise TritonModelException("numpy has no BF16: use to_dlpack() or from_dlpack of your framework")
             if self._datatype == "BYTES":
-                self._array = split_strings(self._bytes).reshape(self._shape)
+                self._array = split_strings(self._bytes()).reshape(self._shape)
+            elif self._size:
+                self._array = np.ndarray(self._shape, DATATYPE_TO_NUMPY[self._datatype], self._raw, self._start)
             else:
-                self._array = np.ndarray(self._shape, DATATYPE_TO_NUMPY[self._datatype], self._bytes)
+                self._array = np.empty(self._shape, DATATYPE_TO_NUMPY[self._datatype])
         return self._array
 
     def to_dlpack(self) -> Any:
         """A DLPack capsule of the tensor, without a copy."""
         if self._datatype == "BYTES":
             raise TritonModelException("DLPack does not have support for string tensors.")
-        content = self._array if self._array is not None else self._bytes
-        assert content is not None
+        content = self._array if self._array is not None else self._bytes()
         return dlpack.export(np.ascontiguousarray(content), self._datatype, self._shape)
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
@@ -125,15 +131,14 @@ class Tensor:
         datatype, shape, content = dlpack.load(tensor)
         return Tensor._of_bytes(name, datatype, shape, content)
 
-    def _content(self) -> tuple[str, str, tuple[int, ...], Any]:
-        """What `wire.write_tensors` takes."""
+    def _pack(self, packer: Packer) -> TensorEntry:
+        """Add the tensor to a message."""
+        array = self._array
+        if array is None or (self._datatype == "BYTES" and self._raw is not None):
+            return packer.add(self._name, self._datatype, self._shape, self._bytes())
         if self._datatype == "BYTES":
-            if self._bytes is None:
-                assert self._array is not None
-                self._bytes = np.frombuffer(join_strings(self._array), np.uint8)
-            return self._name, "BYTES", self._shape, self._bytes
-        content = self._bytes if self._array is None else self._array
-        return self._name, self._datatype, self._shape, content
+            return packer.add(self._name, "BYTES", self._shape, join_strings(array))
+        return packer.add(self._name, self._datatype, self._shape, array)
 
 
 def split_strings(content: Array) -> Array:
