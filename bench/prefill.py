@@ -31,7 +31,6 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from trine.kernels import fp8, reference
 from trine.kernels.triton import fp8 as kernels
 from trine.kernels.triton.activation import silu_mul
-from trine.kernels.triton.fp8_linear import fp8_linear
 from trine.kernels.triton.gated_linear import fused
 from trine.kernels.triton.hopper_attention import hopper_prefill_attention
 
@@ -152,7 +151,7 @@ def library_product(x: fp8.Fp8Rows, weight: fp8.Fp8Weight) -> torch.Tensor:
 
 
 def our_product(x: fp8.Fp8Rows | torch.Tensor, weight: fp8.Fp8Weight) -> torch.Tensor:
-    return kernels.linear(x, weight) if isinstance(x, torch.Tensor) else fp8_linear(x, weight)
+    return kernels.linear(x, weight)
 
 
 def time_products(report: Report, bandwidth: float) -> None:
