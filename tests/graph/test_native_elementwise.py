@@ -93,3 +93,31 @@ def test_images_keep_their_channels_innermost() -> None:
     y = g.node("Transpose", g.node("Mul", g.node("Relu", x), scale), perm=[0, 2, 3, 1])
     program = g.check(y)
     assert "copy" not in [step.kernel_name for step in program.tape.steps[:-1]]
+
+
+def test_neighbours_become_one_step(isa: str) -> None:
+    g = GraphMaker()
+    x, y = g.input(torch.randn(3, 5, 300)), g.input(torch.randn(5, 1))
+    a = g.node("Add", g.node("Mul", x, y), g.node("Sigmoid", x))
+    z = g.node("Sub", g.node("Tanh", a), g.node("Relu", g.node("Neg", x)))
+    assert len(g.check(z).tape.steps) == 1
+
+
+def test_a_chain_that_is_too_long_is_cut(isa: str) -> None:
+    g = GraphMaker()
+    x = g.input(torch.randn(2, 70))
+    y = x
+    for k in range(60):
+        y = g.node("Add", g.node("Mul", y, torch.tensor(0.5 + k / 100)), g.input(torch.randn(70)))
+    program = g.check(y)
+    assert 3 <= len(program.tape.steps) < 60
+
+
+def test_what_python_reads_is_computed_before(isa: str) -> None:
+    g = GraphMaker()
+    x = g.input(torch.rand(4, 6))
+    odd = g.node("Mod", g.node("Mul", x, torch.tensor(3.0)), torch.tensor(2.0), fmod=1)
+    program = g.check(
+        g.node("Add", g.node("Relu", odd), g.node("Acosh", g.node("Add", x, torch.tensor(1.0)))), native=False
+    )
+    assert {node.op for node in program.python_nodes} == {"Mod", "Acosh"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from trine.graph.dtypes import DType, from_onnx
-from trine.graph.ir import Node, Value
+from trine.graph.ir import Graph, Node, Value
 from trine.graph.native.args import (
     ACTIVATIONS,
     CHAIN_BLOCK,
@@ -59,10 +59,15 @@ class Chain:
     places: dict[Value, int] = field(default_factory=dict)
     outputs: list[tuple[int, Value]] = field(default_factory=list)
     count: int = 0
+    inlined: list[Value] = field(default_factory=list)
+    """Deferred values that this chain computes."""
 
     def operand(self, tape: Recorder, value: Value) -> int:
         """The virtual register that holds a value."""
-        if value not in self.places:
+        if value not in self.places and value in tape.deferred:
+            self.inlined.append(value)
+            translate(self, tape, tape.deferred[value])
+        elif value not in self.places:
             tensor = tape.tensor(value)
             if tensor is None or tensor.dtype not in (DType.FLOAT32, DType.UINT8, DType.INT8, *_INTS):
                 raise UnfitError
@@ -364,11 +369,65 @@ def _allocate(chain: Chain, results: list[Value], single: Collection[int]) -> li
     return registers
 
 
-def _rule(tape: Recorder, node: Node) -> bool:
+def may_defer(graph: Graph) -> set[Node]:
+    """Elementwise nodes with one reader, elementwise too and of the same shape: it can compute them itself."""
+    found = set()
+    results = set(graph.outputs)
+    for value, readers in graph.users().items():
+        node, reader = value.producer, readers[0]
+        if (
+            node is not None
+            and node.op in EMITTERS
+            and reader.op in EMITTERS
+            and len(readers) == 1
+            and value not in results
+            and value.static_shape is not None
+            and value.static_shape == reader.output.static_shape
+        ):
+            found.add(node)
+    return found
+
+
+def compute(tape: Recorder, node: Node) -> bool:
+    """Steps for the node and for the deferred nodes that it reads: one, or where that is too much, several."""
     chain = Chain()
     try:
         translate(chain, tape, node)
         emit_chain(tape, chain, [node.output])
+    except UnfitError:
+        waiting = [value for value in chain.inlined if value in tape.deferred]
+        if not waiting:
+            return False
+        for value in waiting:
+            tape.materialise(value)
+        return compute(tape, node)
+    for value in chain.inlined:
+        tape.deferred.pop(value, None)
+    return True
+
+
+def _rule(tape: Recorder, node: Node) -> bool:
+    if node not in tape.may_defer:
+        return compute(tape, node)
+    trial = Chain()
+    try:  # whether the kernel knows the operator shows in a trial
+        translate(trial, tape, node)
+    except UnfitError:
+        return False
+    if not _fits(trial, node.output):
+        for value in node.inputs:
+            if value is not None:
+                tape.materialise(value)  # the chain is cut here
+    tape.deferred[node.output] = node
+    return True
+
+
+def _fits(chain: Chain, result: Value) -> bool:
+    """Whether the kernel holds the chain, and one more operation after it."""
+    if len(chain.inputs) >= CHAIN_INPUTS or len(chain.instructions) > CHAIN_OPS - 4:
+        return False
+    try:
+        _allocate(chain, [result], range(len(chain.inputs)))
     except UnfitError:
         return False
     return True

@@ -15,6 +15,7 @@ import torch
 
 from trine.graph.errors import ExecutionError
 from trine.graph.ir import Graph, Node, Value
+from trine.graph.native.elementwise import may_defer
 from trine.graph.native.packed import Packed
 from trine.graph.native.recorder import RULES, PythonItem, Recorder
 from trine.graph.native.tape import Context, Tape
@@ -71,6 +72,7 @@ class NativeProgram:
         direct = [value for value in dict.fromkeys(graph.outputs) if _plain(value)]
         self._outputs = {value: slot for slot, value in enumerate(direct, 1)}
         self.recorder = tape = Recorder(packed, self._outputs, slots=1 + len(direct))
+        tape.may_defer = may_defer(graph)
         for node in graph.nodes:
             if not record(tape, node, (variants or {}).get(node)):
                 tape.python(node)

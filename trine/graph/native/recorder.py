@@ -8,7 +8,7 @@ the node's inputs (`tape.tensor`), gives False where it does not apply, and else
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -64,6 +64,9 @@ class Recorder:
     """Values that Python hands in: the graph's inputs, results of nodes that run in Python."""
     variants: dict[Node, str] = field(default_factory=dict)
     """The rule that each native node runs by."""
+    deferred: dict[Value, Node] = field(default_factory=dict)
+    """Elementwise results whose only reader can compute them itself (elementwise.py)."""
+    may_defer: Collection[Node] = ()
     node: Node | None = None
     _copies: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _direct: dict[Value, Buffer] = field(default_factory=dict)
@@ -72,9 +75,10 @@ class Recorder:
     def record(self, node: Node, rule: Rule) -> bool:
         """Apply a rule; whether it did. Nothing is left of one that gave up."""
         self.node = node
-        steps, items, copies = len(self.steps), len(self.items), dict(self._copies)
+        steps, items, copies, deferred = len(self.steps), len(self.items), dict(self._copies), dict(self.deferred)
         if rule(self, node):
             return True
+        self.deferred = deferred
         del self.steps[steps:]
         del self.items[items:]
         self._copies = copies
@@ -84,12 +88,25 @@ class Recorder:
 
     def python(self, node: Node) -> None:
         """The node runs in Python."""
+        for value in node.reads():
+            self.materialise(value)
         self.items.append(PythonItem(node, len(self.items)))
+
+    def materialise(self, value: Value) -> None:
+        """Compute a deferred value after all."""
+        from trine.graph.native.elementwise import compute
+
+        node = self.deferred.pop(value, None)
+        if node is not None:
+            before, self.node = self.node, node
+            compute(self, node)
+            self.node = before
 
     def tensor(self, value: Value | None) -> Tensor | None:
         """Where a value lies; None if it is left out, or kernels can't take it (its type, an unknown shape)."""
         if value is None or value.dtype not in NUMBERS or value.static_shape is None:
             return None
+        self.materialise(value)
         if value in self.tensors:
             return self.tensors[value]
         if value.is_constant:
