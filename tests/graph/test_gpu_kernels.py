@@ -45,6 +45,24 @@ def test_linear(activation: str) -> None:
     assert_near(convolution.linear(x, weight, bias, residual, activation, Tile(16, 16, 32)), expected)
 
 
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_a_split_inner_dimension(splits: int) -> None:
+    """A launch leaves the counters ready for the next; parts without numbers add nothing."""
+    tile = Tile(16, 16, 32, splits=splits)
+    x, weight, bias, residual = randn(19, 136), randn(24, 136, seed=1) * 0.1, randn(24, seed=2), randn(19, 24, seed=3)
+    expected = torch.relu(F.linear(x.float(), weight.float(), bias.float()) + residual.float())
+    arrivals = tile.arrivals(19, 24, x.device)
+    pixels, taps = image(1, 16, 5, 4), randn(24, 16, 3, 3, seed=4) * 0.1
+    wanted = F.conv2d(pixels.float(), taps.float(), None, 1, 1)
+    others = tile.arrivals(20, 24, x.device)
+    for _ in range(2):
+        assert_near(convolution.linear(x, weight, bias, residual, "relu", tile, arrivals=arrivals), expected)
+        y = convolution.convolution(
+            pixels, convolution.pack(taps), None, None, Window((3, 3), (1, 1), (1, 1)), (5, 4), "", tile, others
+        )
+        assert_near(y, wanted)
+
+
 def test_fast_gelu_is_near() -> None:
     x, weight = randn(33, 32), torch.eye(32).half().to(DEVICE)
     assert_near(convolution.linear(x, weight, None, None, "gelu_fast", Tile(16, 16, 32)), F.gelu(x.float()), 2e-3)

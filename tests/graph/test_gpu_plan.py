@@ -59,6 +59,8 @@ def assert_near(actual: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], limi
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One small tile of each kind, launched once: the interpreter is slow."""
+    for name in ("_SPLIT_TILES", "_CONV_SPLIT_TILES"):
+        monkeypatch.setattr(tactics, name, ("32x32x32w4s3k2",))
     for name in ("_FEW_ROWS", "_SOME_ROWS", "_CONV_TILES", "_CONV_FEW_ROWS", "_CONV_FEW_CHANNELS", "_SPREAD_TILES"):
         monkeypatch.setattr(tactics, name, ("32x32x32w4s3",))
     monkeypatch.setattr(tuning, "_LAUNCHES", 1)

@@ -89,7 +89,8 @@ def torch_linear(node: Node, target: Target) -> Options:
 
 _FEW_ROWS = ("16x16x256w4s3", "16x32x128w4s4", "16x64x64w4s5", "32x32x128w4s4")
 _SOME_ROWS = ("32x32x128w4s4", "64x32x128w4s4", "64x64x64w4s4", "32x64x128w4s3", "64x64x128w4s3", "128x64x64w4s4")
-_MANY_ROWS = ("128x128x64w8s3", "128x256x64w8s3", "64x128x64w4s4", "128x64x64w4s4", "256x128x64w8s3")
+_SPLIT_TILES = ("64x64x64w4s4k4", "64x32x128w4s4k4", "128x64x64w4s4k6", "32x64x128w4s3k4")
+_MANY_ROWS = ("128x128x64w8s3", "64x128x64w4s4")
 
 
 def tile(text: str) -> Any:
@@ -98,8 +99,9 @@ def tile(text: str) -> Any:
 
     sizes, _, rest = text.partition("w")
     warps, _, stages = rest.partition("s")
+    stages, _, splits = stages.partition("k")
     rows, columns, inner = (int(part) for part in sizes.split("x"))
-    return Tile(rows, columns, inner, int(warps), int(stages))
+    return Tile(rows, columns, inner, int(warps), int(stages), int(splits or 1))
 
 
 def _tiles(rows: int) -> tuple[str, ...]:
@@ -120,15 +122,19 @@ def triton_linear(node: Node, target: Target) -> Options:
 
         weight = target.constant(node.inputs[1], "rows", Tensor.contiguous)  # type: ignore[arg-type]
         bias, activation, chosen = target.optional(node.input(2)), _activation(node, target), tile(text)
+        arrivals = chosen.arrivals(rows, weight.shape[0], target.device)
 
         def run(x: Tensor, w: Any = None, b: Any = None, residual: Tensor | None = None) -> Tensor:
             residual = None if residual is None else residual.contiguous()
-            return linear(x.contiguous(), weight, bias, residual, activation, chosen)
+            return linear(x.contiguous(), weight, bias, residual, activation, chosen, arrivals=arrivals)
 
         return run
 
     for text in _tiles(rows):
         yield f"triton_{text}", partial(make, text)
+    if rows <= 512 and _shape(node.inputs[1])[1] >= 1024:
+        for text in _SPLIT_TILES:
+            yield f"triton_{text}", partial(make, text)
 
 
 @options_for("Linear")
@@ -214,7 +220,7 @@ def fp8_linear(node: Node, target: Target) -> Options:
         if supports(inputs, outputs, 1, a["activation"]):
             for sizes in TILES:
                 yield f"hopper_{sizes[0]}x{sizes[1]}", partial(make_hopper, sizes)
-    for text in ("128x128x128w8s3", "128x256x128w8s3", "64x128x128w4s4", "128x64x128w4s4", "64x64x128w4s4"):
+    for text in ("128x128x128w8s3", "64x128x128w4s4", "64x64x128w4s4"):
         yield f"triton_{text}", partial(make, text)
     if target.cuda and target.dtype is torch.bfloat16:
         yield "scaled_mm", make_library
@@ -349,11 +355,12 @@ def patches_convolution(node: Node, target: Target) -> Options:
 
 _CONV_TILES = (
     "128x64x64w4s3", "128x128x64w8s3", "64x64x64w4s4", "128x32x64w4s4", "64x32x64w4s4", "32x64x64w4s4",
-    "256x64x32w8s4", "128x256x64w8s3",
+    "256x64x32w8s4",
 )  # fmt: skip
 
 
 _CONV_FEW_ROWS = ("16x32x128w4s4", "32x32x128w4s4", "64x32x128w4s4")
+_CONV_SPLIT_TILES = ("64x32x64w4s4k4", "64x64x64w4s4k8", "32x64x64w4s4k8", "64x32x128w4s4k2")
 _CONV_FEW_CHANNELS = ("128x32x32w4s3", "64x64x32w4s3", "128x64x32w8s3", "128x64x16w4s4")
 _SPREAD_TILES = ("128x64x64w4s3", "128x128x64w8s3", "64x64x64w4s4", "128x128x32w8s3")
 
@@ -372,10 +379,11 @@ def triton_convolution(node: Node, target: Target) -> Options:
 
         packed, bias, chosen = target.constant(weight, "taps", pack), target.optional(node.input(2)), tile(text)
         window, activation = _window(node), a["activation"]
+        arrivals = chosen.arrivals(n * prod(out_size), filters, target.device)
 
         def run(x: Tensor, w: Any = None, b: Any = None, residual: Tensor | None = None) -> Tensor:
             residual = None if residual is None else image(residual)
-            return convolution(image(x), packed, bias, residual, window, out_size, activation, chosen)
+            return convolution(image(x), packed, bias, residual, window, out_size, activation, chosen, arrivals)
 
         return run
 
@@ -396,6 +404,9 @@ def triton_convolution(node: Node, target: Target) -> Options:
         for text in _CONV_TILES:
             chosen = tile(text)
             if chosen.columns <= max(2 * filters, 32) and (rows >= 8192 or chosen.rows <= 128):
+                yield f"triton_{text}", partial(make_dense, text)
+        if rows <= 4096 and channels * prod(_size(weight)) >= 1024:
+            for text in _CONV_SPLIT_TILES:
                 yield f"triton_{text}", partial(make_dense, text)
         if rows <= 4096:
             for text in _CONV_FEW_ROWS:
@@ -520,7 +531,7 @@ def heads_attention(node: Node, target: Target) -> Options:
 
     size = _shape(node.inputs[0])[-1] // heads
     if target.triton and size <= 128:
-        for sizes in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 4), (64, 32, 4), (32, 64, 2)):
+        for sizes in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (64, 32, 4)):
             yield f"triton_{'x'.join(map(str, sizes))}", partial(make, *sizes)
     if not out_scale and (node.input(3) is None or not node.inputs[3].is_constant):  # type: ignore[union-attr]
         yield "torch", make_torch
