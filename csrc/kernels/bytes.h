@@ -64,6 +64,24 @@ INLINE void finish_vector(const Finish& f, vf sum, int64_t row, int64_t column, 
     store_bytes(static_cast<char*>(f.out) + place, mul(y, set1(f.out_inverse)), n, f.out_dtype, f.out_zero);
 }
 
+// Whether finish_bytes does all of it.
+INLINE bool is_simple(const Finish& f) {
+    return f.out_dtype != F32 && f.activation <= RELU6 && (!f.residual || f.residual_dtype != F32) && f.scale;
+}
+
+// 16 floats, within 65536 of zero, as store_bytes.
+INLINE void store_panel(char* p, const vf (&y)[16 / W], DType dtype, int32_t zero) {
+#if defined(__AVX512F__)
+    store_bytes(p, y[0], W, dtype, zero);
+#else
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(to_int(y[0]), to_int(y[1])), 0xd8);
+    words = _mm256_adds_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(zero)));
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     dtype == INT8 ? _mm_packs_epi16(low, high) : _mm_packus_epi16(low, high));
+#endif
+}
+
 static void quantize(const QuantizeArgs& args) {
     constexpr int64_t PART = 16 * 1024;
     const int64_t tasks = ceil_div(args.count, PART);

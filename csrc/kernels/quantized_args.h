@@ -22,12 +22,13 @@ struct Finish {
 // a matrix is a convolution by 1 x 1 over one line of pixels. `channels` and `filters` are those of one group.
 //
 // weight: [groups][panels][k in steps][16][step], the last panel filled up with zeros, k = (y, x, channel) padded with
-// zeros to `depth`. int8: steps of 2 (AVX2) or 4; bf16: of 2. sums [groups][panels * 16]: of each filter's weights.
+// zeros to `depth`. int8: steps of 4, or of 2 if `wide` (on AVX2: two neighbouring products may not fit 16 bits); bf16:
+// of 2. shares [groups][panels * 16]: the zero point times each filter's sum of weights.
 // Depthwise (channels and filters are 1, groups the channels): see depthwise8.
 struct WindowArgs {
     const void* x;
     const void* weight;
-    const int32_t* sums;
+    const int32_t* shares;
     Finish finish;
     int64_t images, groups, channels, filters, depth;
     int64_t height, width, out_height, out_width;
@@ -35,6 +36,7 @@ struct WindowArgs {
     int64_t x_pixel, x_row, x_image;
     DType x_dtype;
     int32_t x_zero;
+    int32_t wide;
 };
 
 // The greatest byte of each window; padding never is.

@@ -20,8 +20,9 @@ constexpr int64_t WINDOW_ROWS_LEAST = 24;
 constexpr int64_t WINDOW_ROWS_MOST = 192;
 constexpr int64_t SLACK = 64;  // bytes that copies may write beyond a row
 
-// Rows of 16-bit integers, x - zero, times int8 weights widened: pairs of products a lane, exact (vpmaddubsw, on bytes
-// as they are, would saturate).
+#if !defined(__AVX512F__) && !defined(TRINE_TILES)
+// Rows of 16-bit integers, x - zero, times int8 weights widened: for weights of which two neighbours' products with
+// bytes may not fit 16 bits. Two thirds of the speed of bytes as they are.
 struct WordCore {
     using Row = int16_t;
     using Sum = int32_t;
@@ -35,6 +36,7 @@ struct WordCore {
     explicit WordCore(const WindowArgs& a) : dtype(a.x_dtype), zero(a.x_zero) {}
     Row padding() const { return 0; }
     int64_t element() const { return 1; }
+    const Row* direct(const WindowArgs&) const { return nullptr; }
 
     void copy(const void* from, int64_t n, Row* to) const {
         const char* p = static_cast<const char*>(from);
@@ -51,7 +53,6 @@ struct WordCore {
     }
     void put(__m128i bytes, __m256i shift, Row* to) const { put(*this, bytes, shift, to); }
 
-#if !defined(__AVX512F__)
     // c[R][16] (+)= x[R][2 pairs] w[pairs][16][2]; the weights are words already, or bytes.
     template <int R, bool WIDE>
     static void micro(const Row* x, int64_t stride, const char* w, int64_t pairs, Sum* c, bool accumulate) {
@@ -99,16 +100,22 @@ struct WordCore {
             }
         }
     }
-#endif
     vf total(const Sum* c, const WindowArgs&, int64_t) const { return to_float(loadi(c)); }
 };
+#endif
 
 // Rows of unsigned bytes times int8 weights, four products a lane; the zero point's share is a filter's own constant.
+// AVX2 sums two products in 16 bits first, which saturate: its weights are such that they don't (native/quantized.py).
 struct ByteCore {
     using Row = uint8_t;
     using Sum = int32_t;
-    static constexpr int64_t rows_at_once = 8;
+    static constexpr int64_t rows_at_once = W == 8 ? 6 : 8;
+#if defined(__AVX512F__) || defined(TRINE_TILES)
     static constexpr int64_t panels_at_once = 2;
+#else
+    static constexpr int64_t panels_at_once = 1;
+    static constexpr int64_t slice = 1024;  // of k: 16 KiB of weights
+#endif
     static constexpr int64_t weight_bytes = 1;
     uint8_t flip;  // signed bytes become unsigned ones, 128 more
     int32_t zero;
@@ -117,6 +124,7 @@ struct ByteCore {
         : flip(a.x_dtype == INT8 ? 0x80 : 0), zero(a.x_zero + (a.x_dtype == INT8 ? 128 : 0)) {}
     Row padding() const { return static_cast<Row>(zero); }
     int64_t element() const { return 1; }
+    const Row* direct(const WindowArgs& a) const { return flip ? nullptr : static_cast<const Row*>(a.x); }
 
     void copy(const void* from, int64_t n, Row* to) const {
         memcpy(to, from, n);
@@ -193,13 +201,49 @@ struct ByteCore {
             functions[size - 1](x + row * stride, stride, w, next, depth, c + row * 2 * PANEL);
         }
     }
+#else
+    // c[R][16] (+)= x[R][4 quads] w[quads][16][4].
+    template <int R>
+    static void micro(const Row* x, int64_t stride, const char* w, int64_t depth, Sum* c, bool accumulate) {
+        const vi ones = _mm256_set1_epi16(1);
+        vi sum[R][2];
+        UNROLL
+        for (int r = 0; r < R; ++r) {
+            sum[r][0] = accumulate ? loadi(c + r * PANEL) : zeroi();
+            sum[r][1] = accumulate ? loadi(c + r * PANEL + W) : zeroi();
+        }
+        for (int64_t i = 0; i < depth; i += 4) {
+            const vi w0 = loadi(w + i * PANEL), w1 = loadi(w + i * PANEL + 32);
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                int32_t quad;
+                memcpy(&quad, x + r * stride + i, 4);
+                const vi value = set1i(quad);
+                sum[r][0] = dot_pairs(sum[r][0], _mm256_maddubs_epi16(value, w0), ones);
+                sum[r][1] = dot_pairs(sum[r][1], _mm256_maddubs_epi16(value, w1), ones);
+            }
+        }
+        UNROLL
+        for (int r = 0; r < R; ++r) storei(c + r * PANEL, sum[r][0]), storei(c + r * PANEL + W, sum[r][1]);
+    }
+
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t, int64_t depth, Sum* c) const {
+        using Function = decltype(&micro<1>);
+        static constexpr Function functions[] = {micro<1>, micro<2>, micro<3>, micro<4>, micro<5>, micro<6>};
+        const Blocks blocks(rows, rows_at_once);
+        for (int64_t start = 0; start < depth; start += slice)
+            for (int64_t b = 0; b < blocks.count; ++b) {
+                const int64_t row = blocks.first(b), size = blocks.first(b + 1) - row;
+                functions[size - 1](x + row * stride + start, stride, w + start * PANEL, min(slice, depth - start),
+                                    c + row * PANEL, start > 0);
+            }
+    }
 #endif
     vf total(const Sum* c, const WindowArgs& a, int64_t at) const {
-        const vi share = loadi(a.sums + at);
 #if defined(__AVX512F__)
-        return to_float(_mm512_sub_epi32(loadi(c), _mm512_mullo_epi32(share, set1i(zero))));
+        return to_float(_mm512_sub_epi32(loadi(c), loadi(a.shares + at)));
 #else
-        return to_float(_mm256_sub_epi32(loadi(c), _mm256_mullo_epi32(share, set1i(zero))));
+        return to_float(_mm256_sub_epi32(loadi(c), loadi(a.shares + at)));
 #endif
     }
 };
@@ -216,6 +260,7 @@ struct Bf16Core {
     explicit Bf16Core(const WindowArgs&) {}
     Row padding() const { return {0}; }
     int64_t element() const { return 4; }
+    const Row* direct(const WindowArgs&) const { return nullptr; }
 
     void copy(const void* from, int64_t n, Row* to) const {
         const float* p = static_cast<const float*>(from);
@@ -340,6 +385,43 @@ static void gather_windows(const WindowArgs& a, const Core& core, int64_t group,
     }
 }
 
+// Whether pixels are rows of the product as they lie.
+INLINE bool is_plain(const WindowArgs& a) {
+    return a.kernel_h * a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 && !a.pad_top && !a.pad_left &&
+           a.out_height == a.height && a.out_width == a.width && a.x_row == a.width * a.x_pixel &&
+           a.x_image == a.height * a.x_row && a.depth == a.channels;
+}
+
+// As finish_vector for the rows of one panel: bytes out of sums, with what is constant for a column in registers.
+template <class Core>
+static void finish_bytes(const WindowArgs& a, const Core& core, const typename Core::Sum* c, int64_t ldc, int64_t rows,
+                         int64_t first, int64_t column, int64_t at) {
+    const Finish& f = a.finish;
+    constexpr int V = PANEL / W;
+    const vf inverse = set1(f.out_inverse), low = set1(f.activation == NO_ACTIVATION ? -65536.0f : 0.0f);
+    const vf high = set1(f.activation == RELU6 ? 6.0f * f.out_inverse : 65536.0f);
+    const float step = f.residual ? f.residual_scale * f.out_inverse : 0.0f;
+    vf scale[V], bias[V];
+    UNROLL
+    for (int v = 0; v < V; ++v) {
+        scale[v] = mul(load(f.scale + at + v * W), inverse);
+        bias[v] = f.bias ? mul(load(f.bias + at + v * W), inverse) : zero();
+        bias[v] = sub(bias[v], set1(step * f.residual_zero));
+    }
+    const char* residual = static_cast<const char*>(f.residual) + first * f.residual_stride + column;
+    char* out = static_cast<char*>(f.out) + first * f.out_stride + column;
+    for (int64_t r = 0; r < rows; ++r, residual += f.residual_stride, out += f.out_stride) {
+        vf y[V];
+        UNROLL
+        for (int v = 0; v < V; ++v) {
+            y[v] = fma(core.total(c + r * ldc + v * W, a, at + v * W), scale[v], bias[v]);
+            if (f.residual) y[v] = fma(bytes_to_float(residual + v * W, W, f.residual_dtype, 0), set1(step), y[v]);
+            y[v] = vmin(high, vmax(low, y[v]));
+        }
+        store_panel(out, y, f.out_dtype, f.out_zero);
+    }
+}
+
 template <class Core>
 static void window_task(const WindowArgs& a, const Core& core, const WindowJob& job, int64_t index) {
     using Row = typename Core::Row;
@@ -349,20 +431,36 @@ static void window_task(const WindowArgs& a, const Core& core, const WindowJob& 
     index /= job.panel_tasks;
     const int64_t first = index % job.row_tasks * job.rows_per_task, group = index / job.row_tasks;
     const int64_t rows = min(job.rows_per_task, job.rows - first);
-    Row* x = static_cast<Row*>(scratch(SCRATCH_INPUT, (rows * job.stride + SLACK) * sizeof(Row)));
-    gather_windows(a, core, group, first, rows, job.stride, x);
+    const Row* x = core.direct(a);
+    int64_t stride = job.stride;
+    if (x && is_plain(a)) {
+        x += group * a.channels + first * a.x_pixel;
+        stride = a.x_pixel;
+    } else {
+        Row* gathered = static_cast<Row*>(scratch(SCRATCH_INPUT, (rows * stride + SLACK) * sizeof(Row)));
+        gather_windows(a, core, group, first, rows, stride, gathered);
+        x = gathered;
+    }
     constexpr int64_t together = Core::panels_at_once, ldc = together * PANEL;
     Sum* c = static_cast<Sum*>(scratch(SCRATCH_ACCUMULATOR, round_up(rows, 32) * ldc * sizeof(Sum)));
     const int64_t panel_bytes = a.depth * PANEL * Core::weight_bytes;
     const char* weight = static_cast<const char*>(a.weight) + group * job.panels * panel_bytes;
     for (int64_t p = first_panel; p < end_panel; p += together) {
         const int64_t panels = min(together, end_panel - p);
-        core.product(x, job.stride, rows, weight + p * panel_bytes, panels, a.depth, c);
-        const int64_t columns = min(panels * PANEL, a.filters - p * PANEL), at = (group * job.panels + p) * PANEL;
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < columns; i += W)
-                finish_vector(a.finish, core.total(c + r * ldc + i, a, at + i), first + r,
-                              group * a.filters + p * PANEL + i, at + i, columns - i);
+        core.product(x, stride, rows, weight + p * panel_bytes, panels, a.depth, c);
+        for (int64_t q = p; q < p + panels; ++q) {
+            const int64_t columns = min(PANEL, a.filters - q * PANEL), at = (group * job.panels + q) * PANEL;
+            const int64_t column = group * a.filters + q * PANEL;
+            const Sum* sums = c + (q - p) * PANEL;
+            if (columns == PANEL && is_simple(a.finish)) {
+                finish_bytes(a, core, sums, ldc, rows, first, column, at);
+                continue;
+            }
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t i = 0; i < columns; i += W)
+                    finish_vector(a.finish, core.total(sums + r * ldc + i, a, at + i), first + r, column + i, at + i,
+                                  columns - i);
+        }
     }
 }
 
@@ -382,7 +480,7 @@ static void quantized_conv(const WindowArgs& a) {
 #if defined(TRINE_TILES) || defined(__AVX512F__)
     windows<ByteCore>(a);
 #else
-    windows<WordCore>(a);
+    a.wide ? windows<WordCore>(a) : windows<ByteCore>(a);
 #endif
 }
 
@@ -396,59 +494,97 @@ static int bf16_conv(const WindowArgs& a) {
 #endif
 }
 
-// A filter for each channel. weight: int16 [pairs of places][channels / 16][2][16]: two neighbours in (y, x) side by
-// side, for channels 0-3 and 8-11, then 4-7 and 12-15, as the unpacking instructions have them; an odd last place is
-// followed by zeros, and so are the channels.
-static void depthwise_line(const WindowArgs& a, int64_t line) {
-    const int64_t n = line / a.out_height, top = line % a.out_height * a.stride_h - a.pad_top;
-    const int64_t channels = a.groups, blocks = ceil_div(channels, 16), places = a.kernel_h * a.kernel_w;
-    const int64_t pairs = ceil_div(places, 2);
-    const char* image = static_cast<const char*>(a.x) + n * a.x_image;
-    const __m256i shift = _mm256_set1_epi16(static_cast<int16_t>(a.x_zero));
-    const char** taps = static_cast<const char**>(scratch(SCRATCH_INPUT, (pairs * 2 + 1) * sizeof(char*)));
-    for (int64_t ox = 0; ox < a.out_width; ++ox) {
-        const int64_t left = ox * a.stride_w - a.pad_left;
-        for (int64_t p = 0; p < pairs * 2; ++p) {
+// A filter for each channel. weight: int8 [places / 4][blocks][4][8][4]: four neighbours in (y, x) side by side, for
+// each block of 32 channels in the order in which unpacking leaves them: 0-3 and 16-19, 4-7 and 20-23, 8-11 and 24-27,
+// 12-15 and 28-31. The last block begins 32 channels before the end; with fewer than 32 there is one, padded. Missing
+// places have weights of zero. Pairs of products fit 16 bits; where they may not (`wide`), every other place is missing.
+struct DepthwiseLine {
+    const WindowArgs& a;
+    int64_t channels, blocks, groups;  // of four places
+    uint8_t flip;
+    const Finish& f;
+
+    explicit DepthwiseLine(const WindowArgs& a)
+        : a(a), channels(a.groups), blocks(max<int64_t>(1, ceil_div(channels, 32))),
+          groups(ceil_div(a.kernel_h * a.kernel_w, a.wide ? 2 : 4)), flip(a.x_dtype == INT8 ? 0x80 : 0), f(a.finish) {}
+
+    // Pixels' addresses for each place of the kernel; outside of the image those of a line of zero points.
+    void find(int64_t top, int64_t left, const char* image, const char* padding, const char** taps) const {
+        const int64_t places = a.kernel_h * a.kernel_w;
+        for (int64_t i = 0; i < groups * 4; ++i) {
+            const int64_t p = !a.wide ? i : i % 2 ? places : i / 2;
             const int64_t y = top + p / a.kernel_w * a.dilation_h, x = left + p % a.kernel_w * a.dilation_w;
             const bool inside = p < places && y >= 0 && y < a.height && x >= 0 && x < a.width;
-            taps[p] = inside ? image + y * a.x_row + x * a.x_pixel : nullptr;
-        }
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t left_over = channels - b * 16;
-            const auto value = [&](const char* tap) {
-                if (!tap) return _mm256_setzero_si256();
-                __m128i bytes;
-                if (left_over >= 16) {
-                    bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tap + b * 16));
-                } else {
-                    alignas(16) char rest[16] = {};
-                    memcpy(rest, tap + b * 16, left_over);
-                    bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(rest));
-                }
-                const __m256i wide = a.x_dtype == INT8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
-                return _mm256_sub_epi16(wide, shift);
-            };
-            __m256i low = _mm256_setzero_si256(), high = low;
-            const __m256i* w = static_cast<const __m256i*>(a.weight) + b * 2;
-            for (int64_t p = 0; p < pairs; ++p, w += blocks * 2) {
-                const __m256i first = value(taps[2 * p]), second = value(taps[2 * p + 1]);
-                low = _mm256_add_epi32(
-                    low, _mm256_madd_epi16(_mm256_unpacklo_epi16(first, second), _mm256_loadu_si256(w)));
-                high = _mm256_add_epi32(
-                    high, _mm256_madd_epi16(_mm256_unpackhi_epi16(first, second), _mm256_loadu_si256(w + 1)));
-            }
-            alignas(64) int32_t sums[16];
-            _mm256_store_si256(reinterpret_cast<__m256i*>(sums), _mm256_permute2x128_si256(low, high, 0x20));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(sums + 8), _mm256_permute2x128_si256(low, high, 0x31));
-            for (int64_t i = 0; i < 16 && i < left_over; i += W)
-                finish_vector(a.finish, to_float(loadi(sums + i)), line * a.out_width + ox, b * 16 + i, b * 16 + i,
-                              left_over - i);
+            taps[i] = inside ? image + y * a.x_row + x * a.x_pixel : padding;
         }
     }
-}
+
+    INLINE __m256i bytes(const DepthwiseLine& l, const char* tap, int64_t c, int64_t n) {
+        if (n < 32) {
+            alignas(32) char rest[32] = {};
+            memcpy(rest, tap + c, n);
+            return _mm256_xor_si256(_mm256_load_si256(reinterpret_cast<const __m256i*>(rest)), _mm256_set1_epi8(l.flip));
+        }
+        return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tap + c)), _mm256_set1_epi8(l.flip));
+    }
+    INLINE __m256i dot(__m256i sum, __m256i x, const char* w) {
+        const __m256i pairs = _mm256_maddubs_epi16(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+
+    // The sums of one pixel's channels c to c + 31.
+    void sums(const char* const* taps, int64_t block, int64_t c, int64_t n, int32_t* to) const {
+        __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
+        const char* w = static_cast<const char*>(a.weight) + block * 128;
+        for (int64_t g = 0; g < groups; ++g, w += blocks * 128) {
+            const __m256i x0 = bytes(*this, taps[4 * g], c, n), x1 = bytes(*this, taps[4 * g + 1], c, n);
+            const __m256i x2 = bytes(*this, taps[4 * g + 2], c, n), x3 = bytes(*this, taps[4 * g + 3], c, n);
+            const __m256i low01 = _mm256_unpacklo_epi8(x0, x1), high01 = _mm256_unpackhi_epi8(x0, x1);
+            const __m256i low23 = _mm256_unpacklo_epi8(x2, x3), high23 = _mm256_unpackhi_epi8(x2, x3);
+            s0 = dot(s0, _mm256_unpacklo_epi16(low01, low23), w);
+            s1 = dot(s1, _mm256_unpackhi_epi16(low01, low23), w + 32);
+            s2 = dot(s2, _mm256_unpacklo_epi16(high01, high23), w + 64);
+            s3 = dot(s3, _mm256_unpackhi_epi16(high01, high23), w + 96);
+        }
+        __m256i* out = reinterpret_cast<__m256i*>(to);
+        _mm256_store_si256(out, _mm256_permute2x128_si256(s0, s1, 0x20));
+        _mm256_store_si256(out + 1, _mm256_permute2x128_si256(s2, s3, 0x20));
+        _mm256_store_si256(out + 2, _mm256_permute2x128_si256(s0, s1, 0x31));
+        _mm256_store_si256(out + 3, _mm256_permute2x128_si256(s2, s3, 0x31));
+    }
+
+    void run(int64_t line) const {
+        const int64_t n = line / a.out_height, top = line % a.out_height * a.stride_h - a.pad_top;
+        const char* image = static_cast<const char*>(a.x) + n * a.x_image;
+        const int64_t count = groups * 4;
+        char* memory = static_cast<char*>(scratch(SCRATCH_INPUT, count * sizeof(char*) + channels));
+        const char** taps = reinterpret_cast<const char**>(memory);
+        char* padding = memory + count * sizeof(char*);
+        memset(padding, a.x_zero, channels);
+        alignas(64) int32_t c[32];
+        const bool simple = is_simple(f) && channels >= 32;
+        const ByteCore core(a);
+        for (int64_t x = 0; x < a.out_width; ++x) {
+            find(top, x * a.stride_w - a.pad_left, image, padding, taps);
+            const int64_t row = line * a.out_width + x;
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t first = max<int64_t>(0, min(b * 32, channels - 32)), some = min<int64_t>(32, channels);
+                sums(taps, b, first, some, c);
+                for (int64_t i = 0; i < some; i += PANEL) {
+                    if (simple) {
+                        finish_bytes(a, core, c + i, PANEL, 1, row, first + i, first + i);
+                        continue;
+                    }
+                    for (int64_t j = i; j < min(some, i + PANEL); j += W)
+                        finish_vector(f, core.total(c + j, a, first + j), row, first + j, first + j, some - j);
+                }
+            }
+        }
+    }
+};
 
 static void depthwise8(const WindowArgs& a) {
-    parallel(a.images * a.out_height, [&](int64_t line) { depthwise_line(a, line); });
+    parallel(a.images * a.out_height, [&](int64_t line) { DepthwiseLine(a).run(line); });
 }
 
 }  // namespace TRINE_ISA

@@ -19,6 +19,7 @@ from trine.graph.passes.quantized import scale_of
 
 PANEL = 16
 _BYTES = (DType.UINT8, DType.INT8)
+_LARGEST_PAIR = 128  # times 255 fits 16 bits
 _LARGEST_WINDOW = 64
 """Places of a depthwise kernel."""
 
@@ -39,14 +40,13 @@ class WindowArgs(ctypes.Structure):
     """WindowArgs in csrc/kernels/quantized_args.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "weight", "sums")),
+        *((name, c_void_p) for name in ("x", "weight", "shares")),
         ("finish", Finish),
         *((name, c_int64) for name in ("images", "groups", "channels", "filters", "depth")),
         *((name, c_int64) for name in ("height", "width", "out_height", "out_width")),
         *((name, c_int64) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")),
         *((name, c_int64) for name in ("pad_top", "pad_left", "x_pixel", "x_row", "x_image")),
-        ("x_dtype", c_int32),
-        ("x_zero", c_int32),
+        *((name, c_int32) for name in ("x_dtype", "x_zero", "wide")),
     )
 
 
@@ -97,10 +97,17 @@ class AddBytesArgs(ctypes.Structure):
     )
 
 
-def step_of_k(size: int) -> tuple[int, int]:
-    """How many neighbours in k a kernel reads side by side, and what k is padded to, for weights of `size` bytes."""
-    pairs = size == 2 or library().trine_isa() == b"avx2"
-    return (2 if pairs else 4), (2 if pairs and size == 1 else 64 // size)
+def depth_multiple() -> int:
+    """What k is padded to: whole tiles for AMX, steps of four bytes else."""
+    return 64 if library().trine_isa() in (b"amx", b"emulated") else 4
+
+
+def may_saturate(data: torch.Tensor) -> bool:
+    """Whether two neighbours in k, times unsigned bytes, may exceed 16 bits: what AVX2 sums them in."""
+    rows = data.movedim(1, -1).flatten(1).to(torch.int32)
+    pairs = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
+    largest = torch.maximum(pairs.clamp(min=0).sum(2), -pairs.clamp(max=0).sum(2))
+    return bool((largest > _LARGEST_PAIR).any())
 
 
 def panels(data: torch.Tensor, groups: int, step: int, multiple: int) -> torch.Tensor:
@@ -213,20 +220,29 @@ def _emit(
 ) -> None:
     """The step of a quantised product: packed weights, their sums, what follows."""
     groups = args.groups
-    step, multiple = step_of_k(1)
     data = weight.data.reshape(*weight.data.shape, *[1] * (4 - weight.data.dim()))
+    args.wide = library().trine_isa() == b"avx2" and may_saturate(data)
+    step, multiple = (2, 2) if args.wide else (4, depth_multiple())
     packed = tape.constant(weight, f"int8:{step}x{multiple}:{groups}", lambda: panels(data, groups, step, multiple))
     args.depth = packed.shape[2] * step
     args.x_zero = node.attributes["x_zero"]
-    total = tape.constant(
-        weight, f"sums:{groups}", lambda: in_panels(data.flatten(1).sum(1, dtype=torch.int32), groups)
-    )
+    share = _shares(tape, weight, groups, x, args.x_zero)
     args.finish, finished = finish(node, y, residual)
     args.finish.out_stride = args.finish.residual_stride = groups * args.filters
     finished |= row_constants(tape, groups, node.inputs[2], node.input(3))
-    named = {"x": x, "weight": packed, "sums": total}
+    named = {"x": x, "weight": packed, "shares": share}
     in_place = [] if residual is None else [(residual, y)]
     tape.step("quantized_conv", args, _pointers(WindowArgs, named, finished), in_place=in_place)
+
+
+def _shares(tape: Recorder, weight: Value, groups: int, x: Tensor, zero: int) -> Tensor:
+    """The zero point (of unsigned bytes: signed ones are read as 128 more) times each filter's sum of weights."""
+    zero += 128 if x.dtype is DType.INT8 else 0
+
+    def make() -> torch.Tensor:
+        return in_panels(weight.data.flatten(1).sum(1, dtype=torch.int32) * zero, groups)
+
+    return tape.constant(weight, f"shares:{groups}:{zero}", make)
 
 
 @native("QuantizedConv")
@@ -252,23 +268,31 @@ def _depthwise(
     tape: Recorder, node: Node, args: WindowArgs, tensors: tuple[Tensor, Tensor, Tensor | None], weight: Value
 ) -> None:
     x, y, residual = tensors
-    packed = tape.constant(weight, "depthwise:int8", lambda: depthwise_pairs(weight.data))
+    args.wide = may_saturate(weight.data)
+    packed = tape.constant(weight, f"depthwise:{args.wide}", lambda: depthwise_quads(weight.data, bool(args.wide)))
     args.x_zero = node.attributes["x_zero"]
+    share = _shares(tape, weight, 1, x, args.x_zero)
     args.finish, finished = finish(node, y, residual)
     args.finish.out_stride = args.finish.residual_stride = args.groups
     finished |= row_constants(tape, 1, node.inputs[2], node.input(3))
-    in_place = [] if residual is None else [(residual, y)]
-    tape.step("depthwise8", args, _pointers(WindowArgs, {"x": x, "weight": packed}, finished), in_place=in_place)
+    # A last block of fewer than 32 channels is computed together with some before it, again.
+    in_place = [] if residual is None or args.groups % 32 else [(residual, y)]
+    named = {"x": x, "weight": packed, "shares": share}
+    tape.step("depthwise8", args, _pointers(WindowArgs, named, finished), in_place=in_place)
 
 
-def depthwise_pairs(data: torch.Tensor) -> torch.Tensor:
-    """Weights [channels, 1, kh, kw] as int16 [pairs of places][channels / 16][low, high][8][2]."""
-    channels, places = data.shape[0], data[0].numel()
-    blocks, pairs = -(-channels // 16), -(-places // 2)
-    padded = torch.zeros(blocks * 16, pairs * 2, dtype=torch.int16)
-    padded[:channels, :places] = data.flatten(1)
-    order = torch.tensor([[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]])
-    return padded.view(blocks, 16, pairs, 2)[:, order].permute(3, 0, 1, 2, 4).contiguous()
+def depthwise_quads(data: torch.Tensor, wide: bool) -> torch.Tensor:
+    """Weights [channels, 1, kh, kw] as [places / 4][blocks][4][8][4] (csrc/kernels/windows.h)."""
+    rows = data.flatten(1)
+    if wide:
+        rows = torch.stack([rows, torch.zeros_like(rows)], 2).flatten(1)
+    channels, places = rows.shape
+    rows = torch.nn.functional.pad(rows, (0, -places % 4, 0, max(0, 32 - channels)))
+    starts = [max(0, min(first, channels - 32)) for first in range(0, channels, 32)]
+    low = torch.arange(4)
+    inside = torch.stack([torch.cat([low + 4 * part, low + 16 + 4 * part]) for part in range(4)])
+    chosen = torch.stack([rows[inside + start] for start in starts])  # [blocks, 4, 8, places]
+    return chosen.unflatten(3, (-1, 4)).permute(3, 0, 1, 2, 4).contiguous()
 
 
 @native("QuantizedLinear")

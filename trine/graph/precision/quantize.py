@@ -25,6 +25,8 @@ _MOVES = frozenset(
 )
 """Operators that do the same to integers as to what these stand for, where all have one scale."""
 _FLOAT8_LARGEST = 448.0  # of e4m3
+LARGEST_PAIR = 128
+"""What two neighbouring weights of one sign may sum to: 255 times that fits 16 bits."""
 
 
 def quantizable(graph: Graph) -> list[Node]:
@@ -197,16 +199,50 @@ def _quantize_weight(graph: Graph, node: Node, form: Format) -> None:
     assert w is not None
     data: torch.Tensor = w.data
     largest = data.flatten(1).abs().amax(1)
-    top = 127.0 if form is INTEGERS else _FLOAT8_LARGEST
-    scales = torch.where(largest > 0, largest / top, torch.ones_like(largest))
-    parts = data / scales.reshape(-1, *[1] * (data.dim() - 1))
-    stored = parts.round().clamp(-top, top).to(torch.int8) if form is INTEGERS else parts.to(form.weights.torch)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    if form is INTEGERS:
+        stored, scales = _integer_weight(data, largest / 127)
+    else:
+        scales = largest / _FLOAT8_LARGEST
+        stored = (data / _along(scales, data)).to(form.weights.torch)
     name = f"{node.output.name}.weight"
     real = Value(f"{name}.dequantized", DType.FLOAT32, w.shape)
     inputs: list[Value | None] = [constant(f"{name}.stored", stored), constant(f"{name}.scales", scales)]
     made = Node("DequantizeLinear", inputs, [real], {"axis": 0}, f"{name}.dequantize")
     graph.nodes.insert(graph.nodes.index(node), made)
     node.inputs[1] = real
+
+
+def _along(scales: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """One number for each filter, to broadcast over the filters."""
+    return scales.reshape(-1, *[1] * (data.dim() - 1))
+
+
+def _integer_weight(data: torch.Tensor, finest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 weights [filters, ...] and each filter's scale, at least `finest`.
+
+    Two neighbours of one sign sum to 128 at most (in the order of the kernels: channels innermost), so that AVX2 may
+    add their products with bytes in 16 bits, which is half as fast again. Of a few scales each filter gets the
+    one that moves its weights least in squares: a coarser one, or a finer one that cuts the few largest pairs.
+    """
+    rows = data.movedim(1, -1).reshape(len(data), -1)
+    odd = rows.shape[1] % 2
+    pairs = torch.nn.functional.pad(rows, (0, odd)).unflatten(1, (-1, 2))
+    best, least, chosen = torch.zeros_like(pairs), torch.full_like(finest, float("inf")), finest
+    for factor in (1.0, 1.15, 1.3, 1.5):
+        scales = finest * factor
+        whole = torch.round(pairs / scales[:, None, None])
+        over = (whole.sum(2).abs() - LARGEST_PAIR).clamp(min=0) * (whole[..., 0] * whole[..., 1] > 0)
+        less = torch.stack([torch.ceil(over / 2), torch.floor(over / 2)], 2)
+        whole = whole - torch.sign(whole) * less
+        error = ((whole * scales[:, None, None] - pairs) ** 2).sum((1, 2))
+        better = error < least
+        least, chosen = torch.where(better, error, least), torch.where(better, scales, chosen)
+        best = torch.where(better[:, None, None], whole, best)
+    flat = best.flatten(1)[:, : rows.shape[1]]
+    shape = (len(data), *data.shape[2:], data.shape[1]) if data.dim() > 2 else data.shape
+    stored = flat.reshape(shape)
+    return (stored.movedim(-1, 1) if data.dim() > 2 else stored).to(torch.int8).contiguous(), chosen
 
 
 def reduce(graph: Graph, nodes: Collection[Node], dtype: DType) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from trine.core.errors import ConfigurationError
-from trine.graph.ir import Graph, Node, Value
+from trine.graph.ir import Graph, Value
+from trine.graph.native import Executor, native_is_available
 from trine.graph.precision.calibration import Batch
+from trine.graph.precision.clone import clone
 from trine.graph.runtime import Program
 from trine.graph.tactics import choose_first, kernels_for
 
@@ -76,18 +78,23 @@ def decibels(signal: float, noise: float) -> float:
 
 def run_all(graph: Graph, data: Sequence[Batch], see: Callable[[Value, torch.Tensor], None] | None = None) -> Outputs:
     """Every output over all runs, joined along the first axis; `see` is told every value of each run."""
-    program = Program(graph, kernels_for(choose_first(graph)))
-
-    def look(node: Node, given: list[Any], results: tuple[Any, ...]) -> None:
-        for value, result in zip(node.outputs, results, strict=False):
-            if see is not None and value.name and isinstance(result, torch.Tensor):
-                see(value, result)
-
+    whole, made = _with_everything(graph) if see is not None else (graph, [])
+    choices = choose_first(whole)
+    kernels = kernels_for(choices)
+    runner: Callable[[Batch], tuple[Any, ...]]
+    if native_is_available():
+        runner = Executor(whole, {}, kernels.get, {}).run
+    else:
+        program = Program(whole, kernels)
+        runner = lambda run: program.run(*run)  # noqa: E731
     collected: list[list[np.ndarray[Any, Any]]] = [[] for _ in graph.outputs]
     for run in data:
         with torch.inference_mode():
-            results = program.trace(run, look if see is not None else None)
-        for parts, result in zip(collected, results, strict=True):
+            results = runner(run)
+        for value, result in zip(made, results[len(collected) :], strict=False):
+            if see is not None and isinstance(result, torch.Tensor):
+                see(value, result)
+        for parts, result in zip(collected, results, strict=False):
             if isinstance(result, torch.Tensor):
                 parts.append(np.array(result.to(torch.float32).numpy() if result.is_floating_point() else result))
     joined = {}
@@ -97,6 +104,15 @@ def run_all(graph: Graph, data: Sequence[Batch], see: Callable[[Value, torch.Ten
         elif parts:
             joined[name] = np.concatenate([part.reshape(-1) for part in parts])
     return joined
+
+
+def _with_everything(graph: Graph) -> tuple[Graph, list[Value]]:
+    """A copy that returns what every node makes, too; and those values."""
+    copy, _ = clone(graph)
+    made = [value for node in copy.nodes for value in node.outputs if value.name and value.dtype is not None]
+    copy.outputs = [*copy.outputs, *made]
+    copy.output_names = [*copy.output_names, *(f"{index}" for index in range(len(made)))]
+    return copy, made
 
 
 def measured(accuracy: Accuracy | None, outputs: Outputs, expected: Outputs) -> float:
