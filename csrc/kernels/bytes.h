@@ -59,6 +59,7 @@ INLINE void finish_vector(const Finish& f, vf sum, int64_t row, int64_t column, 
                            set1(f.residual_scale)));
     }
     y = activate(y, f.activation);
+    if (f.columns) y = mul(y, load(f.columns + at));
     const int64_t place = row * f.out_stride + column;
     if (f.out_dtype == F32) return store_upto(static_cast<float*>(f.out) + place, y, n);
     store_bytes(static_cast<char*>(f.out) + place, mul(y, set1(f.out_inverse)), n, f.out_dtype, f.out_zero);
@@ -66,7 +67,7 @@ INLINE void finish_vector(const Finish& f, vf sum, int64_t row, int64_t column, 
 
 // Whether finish_bytes does all of it.
 INLINE bool is_simple(const Finish& f) {
-    return f.out_dtype != F32 && f.activation <= RELU6 && (!f.residual || f.residual_dtype != F32) && f.scale;
+    return f.out_dtype != F32 && f.activation <= RELU6 && !f.columns && (!f.residual || f.residual_dtype != F32) && f.scale;
 }
 
 // 16 floats, within 65536 of zero, as store_bytes.

@@ -5,10 +5,11 @@
 
 namespace trine {
 
-// How sums become results: y = activation(sum * scale + bias + residual), as float32, or rounded to 8 bits.
+// How sums become results: y = activation(sum * scale + bias + residual) * columns, as float32, or rounded to 8 bits.
 struct Finish {
     const float* scale;    // [groups][panels * 16] or null: 1
     const float* bias;     // as scale, or null
+    const float* columns;  // as scale, or null: what each column is multiplied by at last
     const void* residual;  // rows like the result's, or null
     void* out;
     int64_t out_stride, residual_stride;  // elements from row to row

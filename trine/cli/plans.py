@@ -42,7 +42,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", metavar="FILE.npz", help="inputs by name, samples along the first axis")
     group.add_argument(
         "--calibration-method",
-        default="mse",
+        default="minmax",
         choices=("entropy", "percentile", "minmax", "mse"),
         help="how ranges follow from the data (default: mse)",
     )

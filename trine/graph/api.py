@@ -267,7 +267,7 @@ def build(
     budget: float | None = None,
     precision: str = "fp32",
     calibration: Data | None = None,
-    calibration_method: str = "mse",
+    calibration_method: str = "minmax",
     calibration_cache: str | os.PathLike[str] | None = None,
     accuracy_drop: float | None = None,
     accuracy: Accuracy | None = None,

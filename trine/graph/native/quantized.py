@@ -28,7 +28,7 @@ class Finish(ctypes.Structure):
     """Finish in csrc/kernels/quantized_args.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("scale", "bias", "residual", "out")),
+        *((name, c_void_p) for name in ("scale", "bias", "columns", "residual", "out")),
         *((name, c_int64) for name in ("out_stride", "residual_stride")),
         *((name, c_int32) for name in ("out_dtype", "residual_dtype", "out_zero", "residual_zero")),
         *((name, c_float) for name in ("out_inverse", "residual_scale")),
@@ -105,7 +105,7 @@ def depth_multiple() -> int:
 def may_saturate(data: torch.Tensor) -> bool:
     """Whether two neighbours in k, times unsigned bytes, may exceed 16 bits: what AVX2 sums them in."""
     rows = data.movedim(1, -1).flatten(1).to(torch.int32)
-    pairs = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
+    pairs = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2)).reshape(len(rows), -1, 2)
     largest = torch.maximum(pairs.clamp(min=0).sum(2), -pairs.clamp(max=0).sum(2))
     return bool((largest > _LARGEST_PAIR).any())
 
@@ -152,9 +152,11 @@ def _pointers(args: type[ctypes.Structure], named: dict[str, Any], finished: dic
     return {**named, **{start + getattr(Finish, name).offset: tensor for name, tensor in finished.items()}}
 
 
-def row_constants(tape: Recorder, groups: int, scale: Value | None, bias: Value | None) -> dict[str, Any]:
-    """Scale and bias in panels."""
-    found = {"scale": scale, "bias": bias}
+def row_constants(
+    tape: Recorder, groups: int, scale: Value | None, bias: Value | None, columns: Value | None = None
+) -> dict[str, Any]:
+    """What there is one number a column of, in panels."""
+    found = {"scale": scale, "bias": bias, "columns": columns}
     return {
         name: tape.constant(value, f"panels:{groups}", lambda value=value: in_panels(value.data, groups))  # type: ignore[misc]
         for name, value in found.items()
@@ -229,7 +231,7 @@ def _emit(
     share = _shares(tape, weight, groups, x, args.x_zero)
     args.finish, finished = finish(node, y, residual)
     args.finish.out_stride = args.finish.residual_stride = groups * args.filters
-    finished |= row_constants(tape, groups, node.inputs[2], node.input(3))
+    finished |= row_constants(tape, groups, node.inputs[2], node.input(3), node.input(5))
     named = {"x": x, "weight": packed, "shares": share}
     in_place = [] if residual is None else [(residual, y)]
     tape.step("quantized_conv", args, _pointers(WindowArgs, named, finished), in_place=in_place)
@@ -292,7 +294,7 @@ def depthwise_quads(data: torch.Tensor, wide: bool) -> torch.Tensor:
     low = torch.arange(4)
     inside = torch.stack([torch.cat([low + 4 * part, low + 16 + 4 * part]) for part in range(4)])
     chosen = torch.stack([rows[inside + start] for start in starts])  # [blocks, 4, 8, places]
-    return chosen.unflatten(3, (-1, 4)).permute(3, 0, 1, 2, 4).contiguous()
+    return chosen.reshape(*chosen.shape[:3], -1, 4).permute(3, 0, 1, 2, 4).contiguous()
 
 
 @native("QuantizedLinear")

@@ -79,6 +79,7 @@ def quantized_linear(
     scale: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    columns: Tensor | None = None,
     *,
     activation: str = "",
     x_zero: int,
@@ -88,14 +89,18 @@ def quantized_linear(
     y_scale: float = 1.0,
     y_zero: int = 0,
 ) -> Tensor:
-    """x uint8 or int8 [..., K], w int8 [N, K], `scale` [N] float32: as QuantizedConv."""
+    """x uint8 or int8 [..., K], w int8 [N, K], `scale` [N] float32: as QuantizedConv.
+
+    `columns` [N] multiplies the activation's results: what equalises them before they are rounded.
+    """
     wide = _centred(x, x_zero, w.shape[1])
     y = torch.matmul(wide, w.to(wide.dtype).T).to(torch.float32) * scale
     if bias is not None:
         y = y + bias
     if residual is not None:
         y = y + _real(residual, residual_scale, residual_zero)
-    return _rounded(activate(y, activation), y_scale, y_zero, y_dtype)
+    y = activate(y, activation)
+    return _rounded(y if columns is None else y * columns, y_scale, y_zero, y_dtype)
 
 
 @operator("QuantizedAdd")

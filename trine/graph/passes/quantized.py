@@ -273,10 +273,26 @@ def _fold_outputs(graph: Graph) -> None:
             continue
         if node.attributes.get("y_dtype", DType.FLOAT32) != DType.FLOAT32:
             continue
-        scale = _quantized_by(graph, node.output)
+        last, inputs = node, list(node.inputs)
+        readers = graph.users().get(node.output, [])
+        if node.op == "QuantizedLinear" and len(readers) == 1 and node.output not in graph.outputs:
+            columns = _columns(readers[0], node.output)
+            if columns is not None:
+                last, inputs = readers[0], [*inputs, *[None] * (5 - len(inputs)), columns]
+        scale = _quantized_by(graph, last.output)
         if scale is not None:
             attributes = {**node.attributes, **_result(scale)}
-            _give_integers(graph, node, Node(node.op, node.inputs, [], attributes, node.name), scale)
+            _give_integers(graph, last, Node(node.op, inputs, [], attributes, node.name), scale)
+
+
+def _columns(node: Node, value: Value) -> Value | None:
+    """A constant for each column of `value` that the node multiplies it by."""
+    if node.op != "Mul" or value.shape is None or node.output.shape != value.shape:
+        return None
+    other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+    if other is None or not other.is_constant or other.dtype is not DType.FLOAT32 or other.shape != value.shape[-1:]:
+        return None
+    return other
 
 
 def _keep_integers(graph: Graph, node: Node) -> None:

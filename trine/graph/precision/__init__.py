@@ -20,7 +20,7 @@ def lower_precision(
     precision: str,
     *,
     calibration: Data | None = None,
-    method: str = "mse",
+    method: str = "minmax",
     cache: str | os.PathLike[str] | None = None,
     accuracy_drop: float | None = None,
     accuracy: Accuracy | None = None,

@@ -8,6 +8,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -131,13 +132,16 @@ class CalibrationCache:
         try:
             if stored["version"] != _VERSION or stored["model"] != digest(graph) or stored["method"] != method:
                 return None
-            return {name: Range(float(low), float(high)) for name, (low, high) in stored["ranges"].items()}
+            return {
+                name: Range(float(low), float(high), tuple(map(float, lows)), tuple(map(float, highs)))
+                for name, (low, high, lows, highs) in stored["ranges"].items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ConfigurationError(f"calibration cache {str(self.path)!r} is damaged: delete it") from None
 
     def write(self, graph: Graph, method: str, ranges: Mapping[str, Range]) -> None:
         """Whole, or not at all."""
-        stored = {name: [found.low, found.high] for name, found in ranges.items()}
+        stored = {name: [found.low, found.high, found.lows, found.highs] for name, found in ranges.items()}
         text = {"version": _VERSION, "model": digest(graph), "method": method, "ranges": stored}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
@@ -152,7 +156,8 @@ def calibrate(graph: Graph, data: Iterable[Batch], method: str) -> dict[str, Ran
     """
     choose = calibrator(method)
     program = Program(graph, kernels_for(choose_first(graph)))
-    seen: dict[Value, Seen] = {}
+    rows = [node.inputs[0] for node in graph.nodes if node.op == "Linear"]
+    seen = {value: Seen(keeps_channels=True) for value in rows if value is not None and value.rank != 0}
     runs = list(data)
     for pass_ in ("extend",) if method == "minmax" else ("extend", "count"):
 
@@ -174,4 +179,15 @@ def calibrate(graph: Graph, data: Iterable[Batch], method: str) -> dict[str, Ran
         if found is not None and not np.isfinite([found.low, found.high]).all():
             raise ConfigurationError(f"calibration data: {value.name!r} holds numbers that are not finite")
     # A value that is infinite by the model's own doing, as masks are, has no range and stays as it is.
-    return {value.name: choose(found) for value, found in seen.items() if np.isfinite([found.low, found.high]).all()}
+    return {
+        value.name: _with_channels(choose(found), found)
+        for value, found in seen.items()
+        if np.isfinite([found.low, found.high]).all()
+    }
+
+
+def _with_channels(found: Range, seen: Seen) -> Range:
+    if seen.channels is None:
+        return found
+    lows, highs = (tuple(part.tolist()) for part in seen.channels)
+    return replace(found, lows=lows, highs=highs)

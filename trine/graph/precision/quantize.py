@@ -17,6 +17,7 @@ from trine.graph.dtypes import DType
 from trine.graph.ir import Graph, Node, Value, constant
 from trine.graph.passes.pattern import replace_node
 from trine.graph.passes.quantized import fuse_quantized
+from trine.graph.precision.equalise import equalise
 from trine.graph.precision.ranges import Range
 
 PRODUCTS = ("FusedConv", "Linear")
@@ -61,6 +62,9 @@ FLOATS = Format(DType.FLOAT8E4M3FN, DType.FLOAT8E4M3FN)
 def quantize(graph: Graph, nodes: Collection[Node], ranges: Mapping[str, Range], form: Format = INTEGERS) -> None:
     """Make the nodes of `quantizable` that are among `nodes`, and what joins them, 8 bits wide. In place."""
     chosen = {node for node in nodes if _weight(node) is not None and node.inputs[0] and node.inputs[0].name in ranges}
+    ranges = dict(ranges)
+    if form is INTEGERS:
+        equalise(graph, chosen, ranges)
     plan = _Plan(graph, chosen, ranges)
     pairs: dict[Value, Value] = {}
     for node in list(graph.nodes):
@@ -227,9 +231,9 @@ def _integer_weight(data: torch.Tensor, finest: torch.Tensor) -> tuple[torch.Ten
     """
     rows = data.movedim(1, -1).reshape(len(data), -1)
     odd = rows.shape[1] % 2
-    pairs = torch.nn.functional.pad(rows, (0, odd)).unflatten(1, (-1, 2))
+    pairs = torch.nn.functional.pad(rows, (0, odd)).reshape(len(rows), -1, 2)
     best, least, chosen = torch.zeros_like(pairs), torch.full_like(finest, float("inf")), finest
-    for factor in (1.0, 1.15, 1.3, 1.5):
+    for factor in (1.0, 1.2, 1.5, 2.0):
         scales = finest * factor
         whole = torch.round(pairs / scales[:, None, None])
         over = (whole.sum(2).abs() - LARGEST_PAIR).clamp(min=0) * (whole[..., 0] * whole[..., 1] > 0)

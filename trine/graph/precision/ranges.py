@@ -24,17 +24,26 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Seen:
-    """What calibration saw of one value: its extremes, then (in a second pass) a histogram between them."""
+    """What calibration saw of one value: its extremes, then (in a second pass) a histogram between them.
+
+    `channels` are the least and the greatest of each index of the last axis, where these are kept.
+    """
 
     low: float = float("inf")
     high: float = float("-inf")
     counts: Floats = field(default_factory=lambda: np.zeros(BINS))
+    keeps_channels: bool = False
+    channels: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def extend(self, x: torch.Tensor) -> None:
         """Widen the extremes by x, float32 of any shape."""
         if x.numel():
             low, high = torch.aminmax(x)
             self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+            if self.keeps_channels:
+                lows, highs = torch.aminmax(x.reshape(-1, x.shape[-1]), dim=0)
+                before = self.channels or (lows, highs)
+                self.channels = torch.minimum(before[0], lows), torch.maximum(before[1], highs)
 
     def count(self, x: torch.Tensor) -> None:
         """Add x to the histogram, which spans the extremes."""
@@ -50,10 +59,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Range:
-    """Values from `low` to `high` are told apart; zero is among them."""
+    """Values from `low` to `high` are told apart; zero is among them. `lows` and `highs` are those of each channel."""
 
     low: float
     high: float
+    lows: tuple[float, ...] = ()
+    highs: tuple[float, ...] = ()
 
     def scale(self, dtype: DType) -> tuple[float, int]:
         """Scale and zero point of 8-bit integers; int8 is symmetric, uint8 spends all its steps on the range."""
@@ -83,15 +94,15 @@ def percentile(seen: Seen) -> Range:
 
 
 def mse(seen: Seen) -> Range:
-    """The range whose rounding and cutting together move the values the least, in squares."""
+    """The range whose rounding and cutting together move the values the least, in squares; both ends cut alike.
+
+    (Each end for itself would be nearer still, and cuts off the few large channels that transformers live by: MiniLM's
+    embeddings then keep a cosine of 0.990 instead of 0.9997.)
+    """
     if not seen.counts.any():
         return minmax(seen)
-    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
-    parts = np.linspace(0.05, 1.0, 96)
-    for _ in range(2):  # each end in turn, the other held
-        high = min((high * part for part in parts), key=lambda end: _moved(seen, Range(low, end)))
-        low = min((low * part for part in parts), key=lambda end: _moved(seen, Range(end, high)))
-    return Range(low, high)
+    ranges = [Range(seen.low * part, seen.high * part) for part in np.linspace(0.1, 1.0, 91)]
+    return min(ranges, key=lambda found: _moved(seen, found))
 
 
 def _moved(seen: Seen, found: Range) -> float:
