@@ -150,10 +150,6 @@ def library_product(x: fp8.Fp8Rows, weight: fp8.Fp8Weight) -> torch.Tensor:
     )  # fmt: skip
 
 
-def our_product(x: fp8.Fp8Rows | torch.Tensor, weight: fp8.Fp8Weight) -> torch.Tensor:
-    return kernels.linear(x, weight)
-
-
 def time_products(report: Report, bandwidth: float) -> None:
     """With more weights in turn than the card's own cache holds. Ours takes one row as it is."""
     for name, (outputs, inputs) in LAYER.items():
@@ -167,7 +163,7 @@ def time_products(report: Report, bandwidth: float) -> None:
                 if way == "library":
                     launches = [partial(library_product, rounded, weight) for weight in weights]
                 else:
-                    launches = [partial(our_product, plain if rows == 1 else rounded, weight) for weight in weights]
+                    launches = [partial(kernels.linear, plain if rows == 1 else rounded, weight) for weight in weights]
                 elapsed = seconds(lambda i, launches=launches: launches[i](), copies)
                 figures |= {f"{way}_us": elapsed * 1e6, f"{way}_share": outputs * inputs / elapsed / bandwidth}
             report.show("products", f"{name} {rows} rows", **figures)
