@@ -14,7 +14,8 @@ namespace trine {
 // [groups][ceil(filters / 16) * 16] or null. k counts a filter's elements in the order (y, x, channel), or (channel, y,
 // x) when x_channel is not 1: then x has its channels outermost.
 // Winograd's kernels: [(m + 2)^2][filters / 16][channels][16], the transformed filters.
-// Depthwise (channels and filters are 1, groups the channels): weight [kernel_h][kernel_w][groups], bias [groups].
+// Depthwise (channels and filters are 1, groups the channels): weight [ceil(groups / 16)][kernel_h][kernel_w][16], bias
+// filled up with zeros to whole panels.
 struct ConvArgs {
     const float* x;
     const float* weight;

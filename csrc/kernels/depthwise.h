@@ -30,28 +30,38 @@ struct DepthwiseTask {
         return a.residual ? a.residual + n * a.residual_image + y * a.residual_row + x * a.residual_pixel : nullptr;
     }
 
-    // V vectors of one pixel's channels from c on; the last one has `count` - (V - 1) * W.
+    // Of channel c, at the kernel's first place; places are PANEL apart.
+    const float* weight(int64_t c) const {
+        return a.weight + c / PANEL * a.kernel_h * a.kernel_w * PANEL + c % PANEL;
+    }
+
+    // V vectors of one pixel's channels from c on; where V is 1 there may be fewer channels than a vector holds.
     template <int V>
-    inline __attribute__((always_inline)) void pixel_channels(int64_t x, int64_t kx_first, int64_t kx_end, int64_t c, int64_t count) const {
+    inline __attribute__((always_inline)) void pixel_channels(int64_t x, int64_t kx_first, int64_t kx_end, int64_t c,
+                                                              int64_t count) const {
         const int64_t left = x * a.stride_w - a.pad_left;
-        const auto read = [&](const float* p, int v) {
-            return V > 1 || count >= W ? load(p + v * W) : load_first(p, count);
-        };
+        const auto read = [&](const float* p) { return V > 1 || count >= W ? load(p) : load_first(p, count); };
         vf sum[V];
+        const float* weights[V];
         UNROLL
-        for (int v = 0; v < V; ++v) sum[v] = a.bias ? read(a.bias + c, v) : zero();
+        for (int v = 0; v < V; ++v) {
+            sum[v] = a.bias ? load(a.bias + c + v * W) : zero();
+            weights[v] = weight(c + v * W);
+        }
         for (int64_t i = ky_first; i < ky_end; ++i) {
             const float* row = a.x + n * a.x_image + (top + i * a.dilation_h) * a.x_row + left * a.x_pixel + c;
-            const float* weight = a.weight + i * a.kernel_w * a.groups + c;
             for (int64_t j = kx_first; j < kx_end; ++j) UNROLL
-            for (int v = 0; v < V; ++v)
-                sum[v] = fma(read(row + j * a.dilation_w * a.x_pixel, v), read(weight + j * a.groups, v), sum[v]);
+            for (int v = 0; v < V; ++v) {
+                const vf value = read(row + j * a.dilation_w * a.x_pixel + v * W);
+                sum[v] = fma(value, load(weights[v] + (i * a.kernel_w + j) * PANEL), sum[v]);
+            }
         }
         const float* added = residual(x);
         UNROLL
         for (int v = 0; v < V; ++v) {
-            if (added) sum[v] = add(sum[v], read(added + c, v));
-            store_upto(out(x) + c + v * W, clamp ? clamped(a.activation, sum[v]) : sum[v], V > 1 ? W : count);
+            if (added) sum[v] = add(sum[v], read(added + c + v * W));
+            const vf y = clamp ? clamped(a.activation, sum[v]) : sum[v];
+            store_upto(out(x) + c + v * W, y, V > 1 ? W : count);
         }
     }
 
@@ -64,37 +74,52 @@ struct DepthwiseTask {
         for (; c < end; c += W) pixel_channels<1>(x, kx_first, kx_end, c, min<int64_t>(W, end - c));
     }
 
-    // P pixels from x on, all inside the image, without dilation: whole vectors of channels.
-    template <int K, int S, int P>
+    // P pixels from x on, all inside the image, without dilation: whole vectors of channels. FULL: so are all rows of
+    // the kernel.
+    template <int K, int S, int P, bool FULL>
     inline __attribute__((always_inline)) void pixels(int64_t x) const {
         constexpr int COLUMNS = (P - 1) * S + K;
-        const float* corner = a.x + n * a.x_image + top * a.x_row + (x * S - a.pad_left) * a.x_pixel;
-        const int64_t pixel = a.x_pixel, row = a.x_row * a.dilation_h;
-        float* to = out(x);
+        const float* from = a.x + n * a.x_image + top * a.x_row + (x * S - a.pad_left) * a.x_pixel + first;
+        const int64_t pixel = a.x_pixel, row = a.x_row * a.dilation_h, out_pixel = a.out_pixel;
+        const int64_t i_first = FULL ? 0 : ky_first, i_end = FULL ? K : ky_end, added_pixel = a.residual_pixel;
+        const int64_t skip = a.kernel_h * K * PANEL - (PANEL - W), last = end;
+        const bool clamps = clamp, six = a.activation == RELU6;
+        const float* weights = weight(first);
+        const float* bias = a.bias;
         const float* added = residual(x);
-        for (int64_t c = first; c + W <= end; c += W) {
+        float* to = out(x);
+        for (int64_t c = first; c + W <= last; c += W, from += W) {
             vf sum[P];
+            const vf start = bias ? load(bias + c) : zero();
             UNROLL
-            for (int p = 0; p < P; ++p) sum[p] = a.bias ? load(a.bias + c) : zero();
-            for (int64_t i = ky_first; i < ky_end; ++i) {
-                const float* from = corner + i * row + c;
-                const float* weight = a.weight + i * K * a.groups + c;
+            for (int p = 0; p < P; ++p) sum[p] = start;
+            for (int64_t i = i_first; i < i_end; ++i) {
                 vf value[COLUMNS];
                 UNROLL
-                for (int j = 0; j < COLUMNS; ++j) value[j] = load(from + j * pixel);
+                for (int j = 0; j < COLUMNS; ++j) value[j] = load(from + i * row + j * pixel);
                 UNROLL
                 for (int k = 0; k < K; ++k) {
-                    const vf w = load(weight + k * a.groups);
+                    const vf w = load(weights + (i * K + k) * PANEL);
                     UNROLL
                     for (int p = 0; p < P; ++p) sum[p] = fma(value[p * S + k], w, sum[p]);
                 }
             }
+            if (added) UNROLL
+            for (int p = 0; p < P; ++p) sum[p] = add(sum[p], load(added + p * added_pixel + c));
+            if (clamps) UNROLL
+            for (int p = 0; p < P; ++p) sum[p] = vmin(set1(six ? 6.0f : __builtin_inff()), relu(sum[p]));
             UNROLL
-            for (int p = 0; p < P; ++p) {
-                if (added) sum[p] = add(sum[p], load(added + p * a.residual_pixel + c));
-                store(to + p * a.out_pixel + c, clamp ? clamped(a.activation, sum[p]) : sum[p]);
-            }
+            for (int p = 0; p < P; ++p) store(to + p * out_pixel + c, sum[p]);
+            weights += (c + W) % PANEL ? W : skip;
         }
+    }
+
+    template <int K, int S, int P>
+    void pixels(int64_t x) const {
+        if (ky_first == 0 && ky_end == K && a.kernel_h == K)
+            pixels<K, S, P, true>(x);
+        else
+            pixels<K, S, P, false>(x);
     }
 
     template <int K, int S>
@@ -137,7 +162,7 @@ struct DepthwiseTask {
 template <class Body>
 INLINE void over_lines(int64_t lines, int64_t channels, int64_t work, const Body& body) {
     const int64_t wanted = 8 * num_threads();
-    const int64_t lines_per_task = max<int64_t>(1, lines / wanted), line_tasks = ceil_div(lines, lines_per_task);
+    const int64_t line_tasks = min(lines, wanted), lines_per_task = ceil_div(lines, line_tasks);
     const int64_t cuts = max<int64_t>(1, min(channels / (4 * W), wanted / line_tasks));
     const int64_t width = round_up(ceil_div(channels, cuts), 4 * W), channel_tasks = ceil_div(channels, width);
     const auto task = [&](int64_t i) {
@@ -145,10 +170,11 @@ INLINE void over_lines(int64_t lines, int64_t channels, int64_t work, const Body
         for (int64_t l = line; l < min(lines, line + lines_per_task); ++l)
             body(l, first, min(channels, first + width));
     };
+    const int64_t tasks = ceil_div(lines, lines_per_task) * channel_tasks;
     if (work < SERIAL_WORK / 4)
-        for (int64_t i = 0; i < line_tasks * channel_tasks; ++i) task(i);
+        for (int64_t i = 0; i < tasks; ++i) task(i);
     else
-        parallel(line_tasks * channel_tasks, task);
+        parallel(tasks, task);
 }
 
 static void depthwise(const ConvArgs& a) {

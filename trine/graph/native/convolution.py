@@ -137,12 +137,11 @@ def _place(which: str, x: Tensor) -> dict[str, int]:
 def _step(
     tape: Recorder, kernel: str, conv: _Conv, x: Tensor, y: Tensor, weight: Tensor, residual: Tensor | None
 ) -> None:
-    depthwise = kernel == "depthwise"
     bias = None
     if conv.bias is not None:
-        data, group = conv.bias.data, conv.group
+        data, group = conv.bias.data, 1 if kernel == "depthwise" else conv.group
         make: Callable[[], torch.Tensor] = lambda: _padded_bias(data, group)  # noqa: E731
-        bias = tape.tensor(conv.bias) if depthwise else tape.constant(conv.bias, f"panels:{group}", make)
+        bias = tape.constant(conv.bias, f"panels:{group}", make)
     args = ConvArgs(
         images=x.shape[0],
         groups=conv.group,
@@ -205,8 +204,7 @@ def depthwise(tape: Recorder, node: Node) -> bool:
         return False
 
     def make(conv: _Conv) -> torch.Tensor:
-        data: torch.Tensor = conv.weight.data
-        return data.permute(2, 3, 0, 1).contiguous()
+        return in_panels(conv.weight.data.flatten(1)[None])
 
     return _add(tape, node, "depthwise", "depthwise", make)
 
