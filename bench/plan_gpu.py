@@ -131,9 +131,12 @@ def peer(name: str, batch: int, dtype: torch.dtype, mode: str) -> tuple[Replay, 
 def plan(name: str, batch: int, precision: str, args: argparse.Namespace) -> tuple[GpuRuntime, Replay, torch.Tensor]:
     """A replay of our plan, and its output."""
     path = args.folder / f"{name}_{batch}.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        export(name, batch, path)
+    if not path.exists():
+        unfinished = path.with_suffix(f".{os.getpid()}")  # other processes look for the model, too
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export(name, batch, unfinished)
+        os.replace(unfinished, path)
     graph = import_model(path)
     optimise(graph)
     runtime = GpuRuntime(graph, "cuda", precision)

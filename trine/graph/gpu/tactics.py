@@ -580,7 +580,7 @@ def add_layer_norm(node: Node, target: Target) -> Options:
 
     size = _shape(node.inputs[0])[-1]
     if target.triton:
-        for warps in sorted({min(max(size // each, 1), 16) for each in (512, 256, 128, 1024)}):
+        for warps in (2, 4) if size <= 2048 else (4, 8, 16):
             yield f"triton_w{warps}", partial(make, warps)
     if not out_scale:
         yield "torch", make_torch
