@@ -43,8 +43,8 @@ def early_launch(device: torch.device) -> dict[str, Any]:
 
 
 def sequences_block(num_sequences: int) -> int:
-    """A power of four, at least 16, not below `num_sequences`: kernels that scan sequences compile once a power."""
-    block = 16
+    """A power of two not below `num_sequences`: kernels that scan sequences compile for each of a few, in seconds."""
+    block = 16 if num_sequences <= 16 else 256
     while block < num_sequences:
         block *= 4
     return block
