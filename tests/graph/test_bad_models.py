@@ -215,6 +215,18 @@ def test_a_size_that_only_a_run_knows_takes_no_memory(op: str, extra: str) -> No
         plan.run({name: given[name] for name in (value.name for value in plan.graph.inputs)})
 
 
+def test_tensors_without_elements_are_no_division_by_zero() -> None:
+    nodes = [
+        node("GlobalAveragePool", "x", "g"),
+        node("Softmax", "x", "s", axis=2),
+        node("ReduceMean", "s", "m", axes=[2]),
+        node("Relu", "s", "r"),
+    ]
+    plan = tg.build(model(nodes, {"x": [1, 3, 0, 8]}, ["g", "m", "r"]), tune=False)
+    found = plan.run({"x": np.ones((1, 3, 0, 8), np.float32)})
+    assert [found[name].shape for name in "gmr"] == [(1, 3, 1, 1), (1, 3, 1, 8), (1, 3, 0, 8)]
+
+
 def test_inputs_that_do_not_fit_are_named() -> None:
     plan = tg.build(network(), tune=False)
     with pytest.raises(tg.InputError, match=r"'x' has shape \[1, 3, 8\]; it must be \[1, 3, 8, 8\]"):

@@ -74,9 +74,15 @@ class Recorder:
 
     def record(self, node: Node, rule: Rule) -> bool:
         """Apply a rule; whether it did. Nothing is left of one that gave up."""
+        if any(0 in (value.shape or ()) for value in (*node.inputs, *node.outputs) if value is not None):
+            return False  # empty tensors, which kernels would divide by
         self.node = node
         steps, items, copies, deferred = len(self.steps), len(self.items), dict(self._copies), dict(self.deferred)
-        if rule(self, node):
+        try:
+            applies = rule(self, node)
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
+            applies = False  # a node that makes no sense: the operator's own meaning says why
+        if applies:
             return True
         self.deferred = deferred
         del self.steps[steps:]

@@ -111,7 +111,8 @@ def _reduction(kind: int) -> Rule:
         x, given = tape.float_tensor(node.inputs[0]), node.input(1)
         if x is None or not x.count or not x.shape or (given is not None and not given.is_constant):
             return False
-        axes = sorted({int(axis) % len(x.shape) for axis in given.data.tolist()}) if given is not None else []
+        listed = [] if given is None else given.data.reshape(-1).tolist()
+        axes = sorted({int(axis) % len(x.shape) for axis in listed})
         if not axes:
             if node.attributes.get("noop_with_empty_axes", 0):
                 return False

@@ -120,12 +120,12 @@ def _weight(value: Value) -> tuple[torch.Tensor, torch.Tensor] | None:
     data = source.data.to(torch.int32)
     spread = [1] * data.dim()
     if scale.data.numel() > 1:
-        axis = node.attributes.get("axis", 1) % data.dim()
-        if scale.data.numel() != data.shape[axis]:
+        axis = node.attributes.get("axis", 1)
+        if not -data.dim() <= axis < data.dim() or scale.data.numel() != data.shape[axis]:
             return None
         spread[axis] = -1
     if zero is not None:
-        if not zero.is_constant:
+        if not zero.is_constant or zero.data.numel() not in (1, scale.data.numel()):
             return None
         shift = zero.data.to(torch.int32)
         data = data - (shift.reshape(()) if shift.numel() == 1 else shift.reshape(spread))

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from trine.graph.dtypes import DType, from_onnx
 from trine.graph.ir import Node
-from trine.graph.shape_rules.common import Context, Facts, broadcast_all, first, present, refuse, rule, same_types
+from trine.graph.shape_rules.common import (
+    Context,
+    Facts,
+    axis_of,
+    broadcast_all,
+    first,
+    present,
+    refuse,
+    rule,
+    same_types,
+)
 
 
 @rule("Add Sub Mul Div Mod Max Min Sum Mean BitwiseAnd BitwiseOr BitwiseXor PRelu BitShift")
@@ -80,8 +92,25 @@ def _cast(node: Node, context: Context) -> Facts:
     return [(dtype, first(node).shape)]
 
 
+def _check_scale(node: Node) -> None:
+    """That a scale for each place of an axis, and its zero points, are as many as the axis has."""
+    x, scale, zero = first(node), node.input(1), node.input(2)
+    sizes = [
+        prod(value.static_shape) for value in (scale, zero) if value is not None and value.static_shape is not None
+    ]
+    if len(set(sizes)) > 1:
+        raise refuse(node, f"has {sizes[0]} scales and {sizes[1]} zero points")
+    if scale is None or scale.rank != 1 or scale.static_shape == (1,) or x.shape is None:
+        return
+    if not node.attributes.get("block_size", 0):
+        length = x.shape[axis_of(node, len(x.shape), 1)]
+        if isinstance(length, int) and scale.static_shape not in (None, (length,)):
+            raise refuse(node, f"has {list(scale.shape or ())} scales for an axis of {length}")
+
+
 @rule("QuantizeLinear")
 def _quantize(node: Node, context: Context) -> Facts:
+    _check_scale(node)
     zero = node.input(2)
     given = node.attributes.get("output_dtype", 0)
     return [(from_onnx(given) if given else DType.UINT8 if zero is None else zero.dtype, first(node).shape)]
@@ -89,6 +118,7 @@ def _quantize(node: Node, context: Context) -> Facts:
 
 @rule("DequantizeLinear")
 def _dequantize(node: Node, context: Context) -> Facts:
+    _check_scale(node)
     scale = node.input(1)
     given = node.attributes.get("output_dtype", 0)
     return [(from_onnx(given) if given else None if scale is None else scale.dtype, first(node).shape)]
