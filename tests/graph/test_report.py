@@ -65,14 +65,14 @@ def test_a_shortcut_bends_around_what_lies_between() -> None:
 
 
 def test_text_says_passes_regions_candidates_and_memory() -> None:
-    nodes = [node("MatMul", "x w", "p", name="product"), node("Relu", "p", "y", name="act")]
-    plan = tg.build(model(nodes, {"x": [2, 4]}, ["y"], {"w": weights(4, 3)}))
+    nodes = [node("Conv", "x w", "p", name="product", pads=[1, 1, 1, 1]), node("Relu", "p", "y", name="act")]
+    plan = tg.build(model(nodes, {"x": [1, 8, 12, 12]}, ["y"], {"w": weights(8, 8, 3, 3)}))
     found = text(plan.inspect())
-    assert "pass fuse_linear: -1 MatMul, -1 Relu, +1 Linear" in found
-    assert "computes MatMul product, Relu act" in found
-    assert re.search(r"Linear product: float32\[2,3\]; \w+ \(\w+ \d+\.\d{3} ms, ", found)
+    assert "pass fuse_convolution: -1 Conv, -1 Relu, +1 FusedConv" in found
+    assert "computes Conv product, Relu act" in found
+    assert re.search(r"FusedConv product: float32\[1,8,12,12\]; \w+ \(\w+ \d+\.\d{3} ms", found)
     assert "precision: 1 in float32" in found
-    assert "intermediates: 24 B at once" in found
+    assert re.search(r"intermediates: [\d.]+ KiB at once, of 4\.50 KiB in all", found)
 
 
 def test_text_says_what_lower_precision_costs() -> None:
