@@ -87,3 +87,20 @@ def test_channels_move_between_depth_and_space(isa: str) -> None:
             x = g.node("Transpose", x, perm=[0, 3, 1, 2]) if last else x
             y = g.node("DepthToSpace", x, blocksize=2, mode=mode)
             g.check([y, g.node("SpaceToDepth", y, blocksize=2)])
+
+
+def test_pad(isa: str) -> None:
+    for last in (False, True):
+        g = GraphMaker()
+        x = g.input(torch.randn(2, 5, 6, 3) if last else torch.randn(2, 3, 5, 6))
+        x = g.node("Transpose", x, perm=[0, 3, 1, 2]) if last else x
+        around = g.node("Pad", x, torch.tensor([0, 0, 1, 2, 0, 1, 0, 3]), torch.tensor(-1.5))
+        cut = g.node("Pad", x, torch.tensor([-1, 1, -2, 4]), None, torch.tensor([2, 3]))
+        g.check([around, cut])
+
+
+def test_many_dimensions(isa: str) -> None:
+    g = GraphMaker()
+    x = g.input(torch.randn(2, 1, 2, 3, 2, 2, 3, 2, 2, 2))
+    turned = g.node("Transpose", x, perm=[9, 7, 5, 3, 1, 8, 6, 4, 2, 0])
+    g.check([g.node("Reshape", turned, torch.tensor([-1])), g.node("Add", turned, x)], native=False)

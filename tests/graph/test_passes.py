@@ -335,3 +335,22 @@ def test_unfold_transposes(back: list[int], left: dict[str, int]) -> None:
     nodes = [node("Reshape", "x s", "a"), node("Transpose", "a", "b", perm=[0, 2, 1]), node("Reshape", "b t", "y")]
     shapes = {"s": np.array([-1, 5, 4], np.int64), "t": np.array(back, np.int64)}
     assert after(model(nodes, {"x": [2, 3, 5, 4]}, ["y"], shapes), "unfold_transposes") == left
+
+
+def test_fold_padding_lets_convolutions_pad() -> None:
+    pads = {"amounts": np.array([0, 0, 1, 0, 0, 0, 2, 1]), "w": weights(4, 3, 3, 3)}
+    made = model(
+        [node("Pad", "x amounts", "p"), node("Conv", "p w", "y", pads=[0, 1, 0, 1])], {"x": [1, 3, 6, 6]}, ["y"], pads
+    )
+    assert after(made, "fold_padding") == {"Conv": 1}
+
+
+@pytest.mark.parametrize("amounts", [[0, 1, 0, 0, 0, 0, 0, 0], [0, 0, -1, 0, 0, 0, 0, 0]])
+def test_fold_padding_leaves_other_pads(amounts: list[int]) -> None:
+    channels = 3 + amounts[1]
+    given = {"amounts": np.array(amounts), "w": weights(4, channels, 3, 3)}
+    made = model([node("Pad", "x amounts", "p"), node("Conv", "p w", "y")], {"x": [1, 3, 6, 6]}, ["y"], given)
+    assert after(made, "fold_padding") == {"Pad": 1, "Conv": 1}
+    given = {"amounts": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "w": weights(4, 3, 3, 3)}
+    nodes = [node("Pad", "x amounts", "p"), node("Conv", "p w", "c"), node("MaxPool", "p", "y", kernel_shape=[3, 3])]
+    assert after(model(nodes, {"x": [1, 3, 6, 6]}, ["c", "y"], given), "fold_padding")["Pad"] == 1

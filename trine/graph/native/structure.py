@@ -8,20 +8,23 @@ from math import prod
 
 from trine.graph.dtypes import DType
 from trine.graph.ir import Node, Value
-from trine.graph.native.args import COPY_DIMS, CopyArgs, GatherArgs
+from trine.graph.native.args import CHAIN_BLOCK, COPY_DIMS, ChainArgs, CopyArgs, GatherArgs
+from trine.graph.native.elementwise import CODES
 from trine.graph.native.recorder import Recorder, native
 from trine.graph.native.tensor import Tensor, collapse
 
 
 def copy(tape: Recorder, source: Tensor, target: Tensor) -> None:
-    """A step that copies `source` to `target`, which has its shape. RuntimeError for more dimensions than fit."""
+    """A step that copies `source` to `target`, which has its shape; several, if it has too many dimensions for one."""
     order = sorted(range(len(target.shape)), key=lambda axis: -target.strides[axis])
     shape, (x, y) = collapse(
         [target.shape[axis] for axis in order],
         [[source.strides[axis] for axis in order], [target.strides[axis] for axis in order]],
     )
     if len(shape) > COPY_DIMS:
-        raise RuntimeError(f"a copy of {len(shape)} dimensions")
+        for place in range(target.shape[order[0]]):
+            copy(tape, source.slice(order[0], place, 1), target.slice(order[0], place, 1))
+        return
     turned = next((axis for axis, stride in enumerate(x[:-1]) if stride == 1 and x[-1] != 1), -1)
     args = CopyArgs(dims=len(shape), itemsize=source.itemsize, turned=turned)
     args.shape[: len(shape)], args.x_strides[: len(shape)], args.y_strides[: len(shape)] = shape, x, y
@@ -141,6 +144,40 @@ def gather(tape: Recorder, node: Node) -> bool:
     )
     tape.step("gather", args, {"x": x, "indices": picked, "y": y})
     return True
+
+
+@native("Pad")
+def pad(tape: Recorder, node: Node) -> bool:
+    """By a constant: the result filled with it, then the input copied into the middle. Negative pads cut."""
+    x, amounts, value = tape.float_tensor(node.inputs[0]), _numbers(node.input(1)), node.input(2)
+    if x is None or amounts is None or node.attributes.get("mode", "constant") != "constant" or not x.count:
+        return False
+    if value is not None and (not value.is_constant or value.data.numel() != 1):
+        return False
+    rank = len(x.shape)
+    axes = list(range(rank)) if node.input(3) is None else _numbers(node.input(3))
+    if axes is None or len(amounts) != 2 * len(axes):
+        return False
+    y = tape.output(node.output, channels_last=x.is_channels_last and not x.is_contiguous)
+    middle = y
+    for axis, before, after in zip(axes, amounts[: len(axes)], amounts[len(axes) :], strict=True):
+        axis %= rank
+        start, end = max(-before, 0), x.shape[axis] - max(-after, 0)
+        x = x.slice(axis, start, max(end - start, 0))
+        middle = middle.slice(axis, max(before, 0), x.shape[axis])
+    fill(tape, y, 0.0 if value is None else float(value.data.reshape(())))
+    if x.count:
+        copy(tape, x, middle)
+    return True
+
+
+def fill(tape: Recorder, y: Tensor, number: float) -> None:
+    """A step that sets every element of y, which is float32 without holes."""
+    args = ChainArgs(count=y.count, task=16 * CHAIN_BLOCK, dims=1, output_count=1, op_count=1)
+    args.shape[0] = y.count
+    args.ops[0].code, args.ops[0].p = CODES["const"], number
+    pointers: dict[str | int, Tensor | None] = {ChainArgs.outputs.offset: y}
+    tape.step("chain", args, pointers)
 
 
 @native("Tile")

@@ -23,6 +23,7 @@ from trine.graph.passes.linear import fuse_linear
 from trine.graph.passes.merge import merge_linear
 from trine.graph.passes.normalization import fuse_layer_norm, fuse_rms_norm
 from trine.graph.passes.origins import Snapshot, label, trace_origins
+from trine.graph.passes.padding import fold_padding
 from trine.graph.passes.quantized import fuse_quantized, link_quantized_weights
 from trine.graph.passes.scale import fold_scale
 from trine.graph.passes.simplify import simplify
@@ -46,6 +47,7 @@ PASSES: tuple[Pass, ...] = (
     fold_batch_norm,
     fuse_attention,
     link_quantized_weights,
+    fold_padding,
     fuse_convolution,
     fuse_linear,
     fold_scale,
