@@ -179,3 +179,17 @@ def test_results_do_not_depend_on_threads_or_on_the_batch(isa: str) -> None:
     _, again = both("QuantizedConv", [x, w, scale], attributes)
     library().trine_set_num_threads(threads)
     assert torch.equal(whole, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_sixteen_bits(isa: str, dtype: torch.dtype) -> None:
+    """Within what rounding x, or not rounding it, changes."""
+    for channels, filters, kernel, stride, pads, dilation, group, size in CONVOLUTIONS:
+        x, w = random(2, channels, size, size), random(filters, channels // group, kernel, kernel, seed=1).to(dtype)
+        attributes = {"strides": [stride] * 2, "pads": list(pads), "dilations": [dilation] * 2, "group": group}
+        expected, made = both("ReducedConv", [x, w, random(filters)], {**attributes, "activation": "relu"})
+        assert made.shape == expected.shape
+        assert (made - expected).norm() <= 5e-3 * expected.norm()
+    x, w = random(3, 17, 147), random(45, 147, seed=1).to(dtype)
+    expected, made = both("ReducedLinear", [x, w, random(45)], {"activation": "gelu"})
+    assert (made - expected).norm() <= 5e-3 * expected.norm()

@@ -21,6 +21,7 @@ class Packed:
         self.entries: dict[str, torch.Tensor] = {}
         self._given = dict(given or {})
         self._others: dict[tuple[Value, str], torch.Tensor] = {}
+        self._companions: dict[tuple[Value, str], Value] = {}
 
     def get(self, weight: Value, layout: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The weight in `layout` (a name that says all that the layout depends on besides the weight)."""
@@ -34,6 +35,16 @@ class Packed:
                 found = self._given.get(key)
                 self.entries[key] = make() if found is None else found
             return self.entries[key]
+
+    def companion(self, weight: Value, kind: str, make: Callable[[], Value]) -> Value:
+        """A constant made of another one, which rules may pack as if it were the model's."""
+        with self._lock:
+            key = (weight, kind)
+            if key not in self._companions:
+                self._companions[key] = make()
+                if weight in self._own:
+                    self._own.add(self._companions[key])
+            return self._companions[key]
 
 
 def constant_tensor(data: torch.Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from math import prod
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from trine.graph.dtypes import DType
+from trine.graph.errors import PlanError
 from trine.graph.ir import Node, Value
 from trine.graph.native.args import ACTIVATIONS
 from trine.graph.native.recorder import Recorder, native
@@ -146,10 +148,30 @@ def finish(node: Node, y: Tensor, residual: Tensor | None) -> tuple[Finish, dict
     return found, {"residual": residual, "out": y}
 
 
-def _pointers(args: type[ctypes.Structure], named: dict[str, Any], finished: dict[str, Any]) -> dict[str | int, Any]:
+def pointers_of(args: type[ctypes.Structure], named: dict[str, Any], finished: dict[str, Any]) -> dict[str | int, Any]:
     """By place: those of the arguments, and those of the Finish among them."""
     start = args.finish.offset
     return {**named, **{start + getattr(Finish, name).offset: tensor for name, tensor in finished.items()}}
+
+
+def packed_weight(
+    tape: Recorder, weight: Value, layout: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
+) -> Tensor:
+    """As `tape.constant`. PlanError where the plan file has one of another shape: kernels would read beyond it."""
+    found = tape.constant(weight, layout, make)
+    if found.shape != shape:
+        raise PlanError(f"the plan's packed weight {weight.name!r} has the wrong size: build the plan again")
+    return found
+
+
+def panels_shape(data: torch.Tensor, groups: int, step: int, multiple: int) -> tuple[int, ...]:
+    """Of `panels`."""
+    filters, depth = data.shape[0] // groups, data[0].numel()
+    return groups, -(-filters // PANEL), -(-depth // multiple) * multiple // step, PANEL, step
+
+
+def _row_shape(count: int, groups: int) -> tuple[int, int]:
+    return groups, -(-(count // groups) // PANEL) * PANEL
 
 
 def row_constants(
@@ -158,7 +180,13 @@ def row_constants(
     """What there is one number a column of, in panels."""
     found = {"scale": scale, "bias": bias, "columns": columns}
     return {
-        name: tape.constant(value, f"panels:{groups}", lambda value=value: in_panels(value.data, groups))  # type: ignore[misc]
+        name: packed_weight(
+            tape,
+            value,
+            f"panels:{groups}",
+            _row_shape(value.data.numel(), groups),
+            lambda value=value: in_panels(value.data, groups),  # type: ignore[misc]
+        )
         for name, value in found.items()
         if value is not None
     }
@@ -225,7 +253,9 @@ def _emit(
     data = weight.data.reshape(*weight.data.shape, *[1] * (4 - weight.data.dim()))
     args.wide = library().trine_isa() == b"avx2" and may_saturate(data)
     step, multiple = (2, 2) if args.wide else (4, depth_multiple())
-    packed = tape.constant(weight, f"int8:{step}x{multiple}:{groups}", lambda: panels(data, groups, step, multiple))
+    shape = panels_shape(data, groups, step, multiple)
+    layout = f"int8:{step}x{multiple}:{groups}"
+    packed = packed_weight(tape, weight, layout, shape, lambda: panels(data, groups, step, multiple))
     args.depth = packed.shape[2] * step
     args.x_zero = node.attributes["x_zero"]
     share = _shares(tape, weight, groups, x, args.x_zero)
@@ -234,7 +264,7 @@ def _emit(
     finished |= row_constants(tape, groups, node.inputs[2], node.input(3), node.input(5))
     named = {"x": x, "weight": packed, "shares": share}
     in_place = [] if residual is None else [(residual, y)]
-    tape.step("quantized_conv", args, _pointers(WindowArgs, named, finished), in_place=in_place)
+    tape.step("quantized_conv", args, pointers_of(WindowArgs, named, finished), in_place=in_place)
 
 
 def _shares(tape: Recorder, weight: Value, groups: int, x: Tensor, zero: int) -> Tensor:
@@ -244,7 +274,7 @@ def _shares(tape: Recorder, weight: Value, groups: int, x: Tensor, zero: int) ->
     def make() -> torch.Tensor:
         return in_panels(weight.data.flatten(1).sum(1, dtype=torch.int32) * zero, groups)
 
-    return tape.constant(weight, f"shares:{groups}:{zero}", make)
+    return packed_weight(tape, weight, f"shares:{groups}:{zero}", _row_shape(len(weight.data), groups), make)
 
 
 @native("QuantizedConv")
@@ -271,7 +301,9 @@ def _depthwise(
 ) -> None:
     x, y, residual = tensors
     args.wide = may_saturate(weight.data)
-    packed = tape.constant(weight, f"depthwise:{args.wide}", lambda: depthwise_quads(weight.data, bool(args.wide)))
+    wide = bool(args.wide)
+    shape = (-(-weight.data[0].numel() * (1 + wide) // 4), -(-max(len(weight.data), 32) // 32), 4, 8, 4)
+    packed = packed_weight(tape, weight, f"depthwise:{wide}", shape, lambda: depthwise_quads(weight.data, wide))
     args.x_zero = node.attributes["x_zero"]
     share = _shares(tape, weight, 1, x, args.x_zero)
     args.finish, finished = finish(node, y, residual)
@@ -280,7 +312,7 @@ def _depthwise(
     # A last block of fewer than 32 channels is computed together with some before it, again.
     in_place = [] if residual is None or args.groups % 32 else [(residual, y)]
     named = {"x": x, "weight": packed, "shares": share}
-    tape.step("depthwise8", args, _pointers(WindowArgs, named, finished), in_place=in_place)
+    tape.step("depthwise8", args, pointers_of(WindowArgs, named, finished), in_place=in_place)
 
 
 def depthwise_quads(data: torch.Tensor, wide: bool) -> torch.Tensor:
@@ -422,5 +454,5 @@ def global_average_pool(tape: Recorder, node: Node) -> bool:
     assert source is not None
     factors = torch.full((-(-channels // PANEL) * PANEL,), factor)
     scale = tape.constant(source, f"mean:{channels}:{factor}", lambda: factors)
-    tape.step("mean_bytes", args, _pointers(ByteMeanArgs, {"x": x}, {**finished, "scale": scale}))
+    tape.step("mean_bytes", args, pointers_of(ByteMeanArgs, {"x": x}, {**finished, "scale": scale}))
     return True
