@@ -21,15 +21,17 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 Run = Callable[[dict[str, Any]], np.ndarray[Any, Any]]
 
 
-def trine_plan(path: Path, threads: int, cache: str | None) -> tuple[Run, dict[str, Any]]:
+def trine_plan(path: Path, request: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """Build (in this process, so that the plan is loaded in a state that a user's would be in), save, load."""
     import torch
 
     import trine.graph as tg
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(request["threads"])
+    precision = request["precision"]
+    data = [dict(np.load(request["inputs"]))] if precision in ("int8", "fp8") else None
     start = time.perf_counter()
-    plan = tg.build(path, timing_cache=cache)
+    plan = tg.build(path, timing_cache=request["cache"], precision=precision, calibration=data)
     built = time.perf_counter() - start
     target = path.with_suffix(".plan")
     plan.save(target)
@@ -53,10 +55,31 @@ def onnxruntime_session(path: Path, threads: int) -> Run:
     return lambda inputs: session.run(None, inputs)[0]
 
 
-def openvino_request(path: Path, threads: int) -> Run:
+def quantized(path: Path, inputs: str) -> Path:
+    """The model as ONNX Runtime's static quantisation leaves it, with a scale for each output channel."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Once(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = [dict(np.load(inputs))]
+
+        def get_next(self) -> dict[str, Any] | None:
+            return self.left.pop() if self.left else None
+
+    target = path.with_suffix(".int8.onnx")
+    if not target.exists():
+        whole = str(path.with_suffix(".whole.onnx"))
+        quant_pre_process(str(path), whole, skip_symbolic_shape=True)
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(whole, str(target), Once(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+    return target
+
+
+def openvino_request(path: Path, threads: int, hint: str) -> Run:
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda inputs: next(iter(request.infer(inputs).values()))
 
@@ -86,10 +109,14 @@ def anonymous_bytes() -> int:
 def load(request: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     kind, path, threads = request["load"], Path(request["path"]), request["threads"]
     if kind == "trine":
-        return trine_plan(path, threads, request["cache"])
+        return trine_plan(path, request)
     if kind == "torch":
         return torch_module(request["model"], threads), {}
-    return {"onnxruntime": onnxruntime_session, "openvino": openvino_request}[kind](path, threads), {}
+    if request["precision"] == "int8":
+        path = quantized(path, request["inputs"])
+    if kind == "openvino":
+        return openvino_request(path, threads, "bf16" if request["precision"] == "bf16" else "f32"), {}
+    return onnxruntime_session(path, threads), {}
 
 
 def timed(run: Run, inputs: dict[str, Any], seconds: float, least: int) -> list[float]:
