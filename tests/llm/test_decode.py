@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 
 from trine.llm import decode
 from trine.llm.decode import DecodeSteps
-from trine.llm.scheduler import NewBlocks, Step
+from trine.llm.request import SequenceRequest
+from trine.llm.sampling.params import SamplingParams
+from trine.llm.scheduler import NewBlocks, NewRow, Step
 
 
 class Recorder:
@@ -87,3 +89,10 @@ def test_other_steps_are_not_for_graphs(steps: DecodeSteps, host_table: np.ndarr
     unfinished = plan(host_table, [0, 1], [3, 4], [])
     unfinished.sampled = [0]
     assert not steps.can_run(unfinished)
+
+
+def test_a_newcomer_may_read_what_its_own_step_writes(steps: DecodeSteps, host_table: np.ndarray) -> None:
+    step = plan(host_table, [1, 2], [16, 16], [])
+    assert steps.can_run(step)
+    step.new_rows = [NewRow(2, SequenceRequest(7, [1] * 17, SamplingParams(), 0, 8), [])]
+    assert not steps.can_run(step)
