@@ -53,7 +53,7 @@ logger = logging.getLogger("trine.server")
 
 ModelConfig = Any
 
-_LONGEST_BREATH = 0.05  # seconds between two swaps at most
+_BREATH = 0.05  # seconds between two swaps at least
 
 
 class Repository:
@@ -423,11 +423,12 @@ class Repository:
         if not served:
             entry.versions[version] = VersionEntry(LOADING)
         try:
-            began = await self._take_breath() if served else monotonic()
+            if served:
+                await self._take_breath()
             loaded = await self._load_with_retries(plan, version)
             if served:
                 await self._in_thread(rehearse, loaded.config, [placed.instance for placed in loaded.instances])
-            self._rested_at = monotonic() + min(_LONGEST_BREATH, 4 * (monotonic() - began))
+            self._rested_at = monotonic() + _BREATH
             await self._serve(entry, loaded, signature)
         except Exception as error:
             failure = error if isinstance(error, TrineError) else ModelLoadError(f"{type(error).__name__}: {error}")
@@ -438,13 +439,12 @@ class Repository:
                 entry.versions[version] = VersionEntry(UNAVAILABLE, failure.message)
             raise failure from error
 
-    async def _take_breath(self) -> float:
-        """Wait until the last load is some time ago, so that swaps in a row don't slow the requests; the time then.
+    async def _take_breath(self) -> None:
+        """Wait until the last load is some time ago, so that swaps in a row don't slow the requests.
 
-        Frameworks keep Python's interpreter for a part of a load, and the event loop from running.
+        A load keeps Python's interpreter for a part of the time, and the event loop from running.
         """
         await asyncio.sleep(self._rested_at - monotonic())
-        return monotonic()
 
     async def _load_with_retries(self, plan: Plan, version: str) -> LoadedModel:
         for attempt in range(self.settings.load_retries, -1, -1):
