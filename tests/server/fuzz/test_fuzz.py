@@ -1,6 +1,6 @@
 """Fuzzed HTTP and gRPC messages: no crash, no 5xx, no hang, memory flat.
 
-CI sends some thousands; TRINE_FUZZ=100000 sends as many as one wants.
+CI sends some thousands; TRINE_FUZZ=100000 sends as many as one wants, TRINE_FUZZ_SEED=1000000 others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from trine.server.grpc.heads import HeadReader
 from trine.server.repository import RepositorySettings
 
 MESSAGES = int(os.environ.get("TRINE_FUZZ", "4000"))
+FIRST = int(os.environ.get("TRINE_FUZZ_SEED", "0"))
 _STATUS = re.compile(rb"HTTP/1\.1 (\d\d\d)")
 _SERVER_ERRORS = {"13", "2"}  # INTERNAL, UNKNOWN
 
@@ -74,7 +75,7 @@ def test_http(server: RunningServer) -> None:
     for seed in range(MESSAGES):
         if seed == MESSAGES // 4:
             before = resident()
-        request = Maker(seed).http()
+        request = Maker(FIRST + seed).http()
         answer = exchange(server.http, request)
         for found in _STATUS.findall(answer):
             status = int(found)
@@ -108,7 +109,7 @@ def test_grpc(server: RunningServer) -> None:
     for seed in range(MESSAGES // calls):
         if seed == MESSAGES // calls // 4:
             before = resident()
-        maker = Maker(seed)
+        maker = Maker(FIRST + seed)
         data = greeting + b"".join(maker.call(1 + 2 * index) for index in range(calls))
         answer = exchange(server.grpc, maker.broken(data) if seed % 10 == 0 else data)
         for status in statuses_of(answer):
@@ -123,7 +124,7 @@ def test_grpc(server: RunningServer) -> None:
 
 def test_random_bytes(server: RunningServer, tmp_path: Path) -> None:
     for seed in range(200):
-        noise = Maker(seed).random.randbytes(1 + seed * 7)
+        noise = Maker(FIRST + seed).random.randbytes(1 + seed * 7)
         exchange(server.http, noise)
         exchange(server.grpc, noise)
         exchange(server.grpc, frames.PREFACE + noise)
