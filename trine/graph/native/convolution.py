@@ -93,9 +93,11 @@ def _conv_of(tape: Recorder, node: Node) -> tuple[Tensor, _Conv] | None:
 def in_panels(matrix: torch.Tensor) -> torch.Tensor:
     """[groups, n, k] to [groups, ceil(n / 16), k, 16], the last panel filled up with zeros."""
     groups, n, k = matrix.shape
-    full = matrix.new_zeros(groups, -(-n // _PANEL) * _PANEL, k)
-    full[:, :n] = matrix
-    return full.view(groups, -1, _PANEL, k).transpose(2, 3).contiguous()
+    full = matrix
+    if n % _PANEL:
+        full = matrix.new_zeros(groups, -(-n // _PANEL) * _PANEL, k)
+        full[:, :n] = matrix
+    return full.reshape(groups, -1, _PANEL, k).transpose(2, 3).contiguous()
 
 
 def _filters(weight: torch.Tensor, group: int, planar: bool) -> torch.Tensor:
@@ -115,7 +117,7 @@ def winograd_filters(weight: torch.Tensor, tile: int) -> torch.Tensor:
         rows.append([1 / scale, point / scale, point * point / scale])
     rows.append([0.0, 0.0, 1.0])
     g = torch.tensor(rows, dtype=torch.float64)
-    spread = torch.einsum("ai,fcij,bj->abfc", g, weight.double(), g).float()
+    spread = (torch.kron(g, g) @ weight.reshape(-1, 9).T.double()).float()
     return in_panels(spread.reshape(-1, *weight.shape[:2]))
 
 
