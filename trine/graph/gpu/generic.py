@@ -100,15 +100,15 @@ def meaning(node: Node, target: Target) -> Kernel:
     values = [*node.inputs, *captures]
     fixed = [_fixed(node, index, value, target, wide) for index, value in enumerate(values)]
     narrow = [value.dtype is DType.FLOAT32 for value in node.outputs]
-    to = None if node.op != "Cast" else from_onnx(node.attributes["to"])
+    to_float = node.op == "Cast" and from_onnx(node.attributes["to"]) is DType.FLOAT32
 
     def run(*given: Any) -> Any:
         arguments = [
             _widened(x, target) if wide and f is None else x if f is None else f
             for x, f in zip(given, fixed, strict=True)
         ]
-        if to is not None and isinstance(arguments[0], Tensor):
-            return arguments[0].to(target.dtype if to is DType.FLOAT32 else to.torch)
+        if to_float and isinstance(arguments[0], Tensor):
+            return arguments[0].to(target.dtype)
         with target.device:
             result = function(*arguments)
         return _narrowed(result, narrow, target)

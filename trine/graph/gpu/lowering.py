@@ -20,7 +20,8 @@ def lower(graph: Graph, shapes: Shapes) -> Graph:
     """A new graph for inputs of these shapes; constants are shared with `graph`, which stays as it is."""
     lowered = clone(graph)
     for value in lowered.inputs:
-        value.shape = tuple(shapes[value.name])
+        if value.name in shapes:
+            value.shape = tuple(shapes[value.name])
     for run in (infer_shapes, fold_constants, simplify, merge_common_subexpressions, remove_dead_nodes, infer_shapes):
         run(lowered)
     for run in (narrow_masks, fuse_heads, add_constants_once, fuse_add_norm, remove_dead_nodes):

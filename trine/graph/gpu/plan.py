@@ -64,7 +64,8 @@ class Point:
         return self.whole.get(inductor.NAME, float("inf")) < self.whole.get("nodes", float("inf"))
 
 
-Shapes = tuple[tuple[int, ...], ...]
+Shapes = tuple[tuple[int, ...] | None, ...]
+"""Of a plan's inputs; None for one that is no tensor."""
 
 
 class GpuRuntime:
@@ -113,8 +114,8 @@ class GpuRuntime:
         return theirs if point.use_inductor() else ours
 
     def _lowered(self, key: Shapes) -> Graph:
-        shapes = {value.name: shape for value, shape in zip(self.graph.inputs, key, strict=True)}
-        lowered = lower(self.graph, shapes)
+        pairs = zip(self.graph.inputs, key, strict=True)
+        lowered = lower(self.graph, {value.name: shape for value, shape in pairs if shape is not None})
         return to_fp8(lowered, self.scales) if self.precision == "fp8" else lowered
 
     def calibrate(self, batches: Sequence[Sequence[Any]]) -> None:
@@ -141,6 +142,8 @@ class GpuRuntime:
                 point.whole.clear()
         if not self.target.cuda:
             return _Eager(program, "there is no graph to capture on a CPU")
+        if not all(isinstance(x, Tensor) for x in given):
+            return _Eager(program, "an input is no tensor")
         try:
             return Captured(program.run, given)
         except (RuntimeError, ExecutionError) as error:
@@ -151,7 +154,7 @@ class GpuRuntime:
         """The choices made for the shapes whose sizes are closest: names of nodes are the same."""
 
         def distance(other: Shapes) -> float:
-            pairs = zip((d for s in other for d in s), (d for s in key for d in s), strict=False)
+            pairs = zip((d for s in other for d in s or ()), (d for s in key for d in s or ()), strict=False)
             return sum(abs(math.log((a + 1) / (b + 1))) for a, b in pairs)
 
         return self.points[min(self.points, key=distance)] if self.points else Point()
@@ -164,7 +167,7 @@ class GpuRuntime:
 
     def program(self, given: list[Any]) -> Captured | _Eager:
         """What runs inputs like these: prepared when they come for the first time."""
-        key = tuple(tuple(x.shape) for x in given)
+        key = tuple(_shape(x) for x in given)
         with self._lock:
             if key not in self._ready:
                 with torch.inference_mode(), self._numerics():
@@ -216,7 +219,8 @@ class GpuRuntime:
     def _example(self, key: Shapes) -> list[Any]:
         from trine.graph.api import example_inputs
 
-        shapes = {value.name: shape for value, shape in zip(self.graph.inputs, key, strict=True)}
+        pairs = zip(self.graph.inputs, key, strict=True)
+        shapes = {value.name: shape for value, shape in pairs if shape is not None}
         return self.on_device(example_inputs(self.graph, shapes))
 
     def _numerics(self) -> _Numerics:
@@ -232,7 +236,7 @@ class GpuRuntime:
         """Name, operator and milliseconds a launch of each node for these inputs."""
         with torch.inference_mode(), self._numerics():
             given = self.on_device(arguments)
-            key = tuple(tuple(x.shape) for x in given)
+            key = tuple(_shape(x) for x in given)
             lowered, point = self._lowered(key), self.points.get(key) or self._nearest(key)
             choices = {node: point.choices[label(node)] for node in lowered.nodes if label(node) in point.choices}
             program = DeviceProgram(lowered, tuning.kernels_of(lowered, choices, self.target), self.target)
@@ -249,7 +253,7 @@ class GpuRuntime:
             point = self.points.get(key, Point())
             points.append(
                 {
-                    "shapes": {v.name: list(shape) for v, shape in zip(self.graph.inputs, key, strict=True)},
+                    "shapes": {v.name: list(s) for v, s in zip(self.graph.inputs, key, strict=True) if s is not None},
                     "captured": isinstance(program, Captured),
                     "why_not": program.reason if isinstance(program, _Eager) else "",
                     "tactics": dict(point.choices),
@@ -263,7 +267,12 @@ class GpuRuntime:
     def stored(self) -> dict[str, Any]:
         """For the plan file."""
         points = [
-            {"shapes": [list(shape) for shape in key], "choices": p.choices, "times": p.times, "whole": p.whole}
+            {
+                "shapes": [None if shape is None else list(shape) for shape in key],
+                "choices": p.choices,
+                "times": p.times,
+                "whole": p.whole,
+            }
             for key, p in self.points.items()
         ]
         return {
@@ -280,11 +289,12 @@ class GpuRuntime:
         runtime = cls(graph, stored["device"], stored["precision"], dict(stored["scales"]))
         same = stored["built_on"] == tuning.device_key(runtime.target)
         for point in stored["points"]:
-            key = tuple(tuple(shape) for shape in point["shapes"])
+            key = tuple(None if shape is None else tuple(shape) for shape in point["shapes"])
             if same:
                 runtime.points[key] = Point(point["choices"], point["times"], point["whole"])
             else:
-                shapes = {value.name: shape for value, shape in zip(graph.inputs, key, strict=True)}
+                pairs = zip(graph.inputs, key, strict=True)
+                shapes = {value.name: shape for value, shape in pairs if shape is not None}
                 runtime.build(shapes, TimingCache(), True, bool(point["whole"]))
         return runtime
 
@@ -322,6 +332,10 @@ def _tensor(x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise ExecutionError(f"a {type(x).__name__} can't go to a GPU")
     return x
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    return tuple(x.shape) if isinstance(x, Tensor) else None
 
 
 def _typed(x: Any, dtype: DType | None) -> Any:
