@@ -7,6 +7,7 @@ import threading
 import torch
 
 from tests.graph.native_check import GraphMaker, isa, needs_native
+from trine.graph.native.tape import Arenas
 
 __all__ = ["isa"]
 pytestmark = needs_native
@@ -65,3 +66,15 @@ def test_what_python_computes_stands_between_steps() -> None:
     z = g.node("Add", g.node("Sigmoid", y), g.node("CumSum", g.input(torch.randn(4, 1)), torch.tensor(0)))
     program = g.check([z, y], native=False)
     assert [node.op for node in program.python_nodes] == ["CumSum", "CumSum"]
+
+
+def test_arenas_serve_programs_of_all_sizes() -> None:
+    arenas = Arenas()
+    small, large = arenas.take(1000), arenas.take(5000)
+    arenas.give(small)
+    arenas.give(large)
+    assert arenas.take(2000) is large
+    assert arenas.take(900) is small
+    arenas.give(small)
+    assert arenas.take(4000).nbytes == 4000  # in the place of the small one
+    assert arenas.take(10).nbytes == 10

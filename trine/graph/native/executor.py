@@ -14,6 +14,7 @@ from trine.graph.ir import Graph, Node
 from trine.graph.native.packed import Packed
 from trine.graph.native.program import Array, NativeProgram
 from trine.graph.native.specialise import specialise
+from trine.graph.native.tape import Arenas
 from trine.graph.runtime import Kernel
 
 _KEPT = 16
@@ -33,6 +34,7 @@ class Executor:
         self.graph, self.variants, self.kernel_of = graph, variants, kernel_of
         self.packed = Packed(graph, packed)
         self._programs: OrderedDict[Shapes, NativeProgram] = OrderedDict()
+        self._arenas = Arenas()
         self._lock = Lock()
         self._types = [(value.name, value.dtype.numpy if value.dtype else None) for value in graph.inputs]
         values = [value for node in graph.nodes for value in node.outputs if value.name]
@@ -79,7 +81,7 @@ class Executor:
 
     def _make(self, shapes: Shapes) -> NativeProgram:
         if self._is_static:
-            return NativeProgram(self.graph, self.packed, self.variants, self.kernel_of)
+            return NativeProgram(self.graph, self.packed, self.variants, self.kernel_of, arenas=self._arenas)
         try:
             graph, origins = specialise(self.graph, shapes)
         except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
@@ -90,7 +92,7 @@ class Executor:
             old = origins.get(node)
             return None if old is None else self.kernel_of(old)
 
-        return NativeProgram(graph, self.packed, variants, kernel_of, origins)
+        return NativeProgram(graph, self.packed, variants, kernel_of, origins, self._arenas)
 
 
 def shapes_of(arguments: Sequence[Any]) -> Shapes:

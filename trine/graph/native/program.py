@@ -18,7 +18,7 @@ from trine.graph.ir import Graph, Node, Value
 from trine.graph.native.elementwise import may_defer
 from trine.graph.native.packed import Packed
 from trine.graph.native.recorder import RULES, PythonItem, Recorder
-from trine.graph.native.tape import Context, Tape
+from trine.graph.native.tape import Arenas, Context, Tape
 from trine.graph.native.tensor import NUMBERS, Tensor
 from trine.graph.runtime import Kernel, bind
 
@@ -56,7 +56,7 @@ class NativeProgram:
     """Runs a graph whose inputs have fixed shapes. Several threads may run it at once.
 
     `variants` names the rule to try first for a node; `kernel_of` gives the Python kernel of a node that has no rule;
-    `origins` says of which nodes the graph's are copies.
+    `origins` says of which nodes the graph's are copies; `arenas` may serve several programs.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class NativeProgram:
         variants: Mapping[Node, str] | None = None,
         kernel_of: Callable[[Node], Kernel | None] | None = None,
         origins: Mapping[Node, Node] | None = None,
+        arenas: Arenas | None = None,
     ) -> None:
+        self._arenas = arenas or Arenas()
         self.graph = graph
         self.origins = {node: node for node in graph.nodes} if origins is None else dict(origins)
         direct = [value for value in dict.fromkeys(graph.outputs) if _plain(value)]
@@ -173,9 +175,12 @@ class NativeProgram:
     def _take(self) -> Context:
         with self._lock:
             context = self._contexts.pop() if self._contexts else None
-        return Context(self.tape) if context is None else context
+        context = Context(self.tape) if context is None else context
+        context.use(self._arenas.take(self.tape.arena_bytes))
+        return context
 
     def _give(self, context: Context) -> None:
+        self._arenas.give(context.arena)
         with self._lock:
             self._contexts.append(context)
 
@@ -185,13 +190,14 @@ class NativeProgram:
 
     def profile(self, arguments: Sequence[Any], runs: int) -> list[LayerTime]:
         """Mean milliseconds of each step and each call of Python, in running order."""
-        context = Context(self.tape)
+        context = self._take()
         times = (c_int64 * max(1, len(self.tape.steps)))()
         total = [0.0] * len(times)
         calls: dict[Node, float] = {}
         for _ in range(runs):
             self._run(context, arguments, times, calls)
             total = [before + now for before, now in zip(total, times, strict=True)]
+        self._give(context)
         found: list[LayerTime] = []
         for item in self._items:
             if isinstance(item, _Call):
@@ -314,6 +320,6 @@ def _own(result: Any, context: Context) -> Any:
         return [_own(item, context) for item in result]
     if isinstance(result, torch.Tensor):
         start = result.untyped_storage().data_ptr()
-        if context.address <= start < context.address + context.nbytes:
+        if context.arena.address <= start < context.arena.address + context.arena.nbytes:
             return result.clone()
     return result

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -112,11 +113,11 @@ class Tape:
         return result
 
 
-class Context:
-    """What one thread needs to run a tape: the arena, the arguments with its pointers, the addresses of its slots."""
+class Arena:
+    """A piece of memory for the intermediate values of one run."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.nbytes = max(1, tape.arena_bytes)
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = max(1, nbytes)
         address = library().trine_pages_new(self.nbytes)
         if not address:
             raise InsufficientMemoryError(
@@ -124,14 +125,48 @@ class Context:
             )
         memory = (ctypes.c_uint8 * self.nbytes).from_address(address)
         weakref.finalize(memory, library().trine_pages_delete, address, self.nbytes)
-        self.arena: torch.Tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.data: torch.Tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.address: int = address
+
+
+class Arenas:
+    """Arenas that nobody uses now, for programs of all shapes: as many as ran at once, each as large as was needed."""
+
+    def __init__(self) -> None:
+        self._free: list[Arena] = []
+        self._lock = Lock()
+
+    def take(self, nbytes: int) -> Arena:
+        """The smallest that is large enough; where none is, a new one in the place of the largest."""
+        with self._lock:
+            fitting = [arena for arena in self._free if arena.nbytes >= nbytes]
+            chosen = min(
+                fitting or self._free, key=lambda arena: arena.nbytes if fitting else -arena.nbytes, default=None
+            )
+            if chosen is not None:
+                self._free.remove(chosen)
+        return chosen if chosen is not None and fitting else Arena(nbytes)
+
+    def give(self, arena: Arena) -> None:
+        with self._lock:
+            self._free.append(arena)
+
+
+class Context:
+    """What one thread needs to run a tape: the arguments with its pointers, the addresses of its slots, an arena."""
+
+    def __init__(self, tape: Tape) -> None:
         self.args = (ctypes.c_uint8 * max(1, len(tape.args))).from_buffer_copy(bytes(tape.args) or b"\0")
         self.bases = (c_void_p * tape.slots)()
-        self.bases[0] = address
-        self.address = address
+        self.arena: Arena
+
+    def use(self, arena: Arena) -> None:
+        """Run on this arena from now on; it is as large as the tape needs."""
+        self.arena = arena
+        self.bases[0] = arena.address
 
     def view(self, tensor: Tensor) -> torch.Tensor:
         """The tensor in the arena, as torch sees it."""
         start = tensor.buffer.root.offset
-        flat = self.arena[start : start + aligned(tensor.buffer.nbytes)].view(tensor.dtype.torch)
+        flat = self.arena.data[start : start + aligned(tensor.buffer.nbytes)].view(tensor.dtype.torch)
         return flat.as_strided(tensor.shape, tensor.strides, flat.storage_offset() + tensor.offset)

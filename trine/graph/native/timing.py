@@ -13,7 +13,7 @@ from trine.graph.dtypes import DType
 from trine.graph.ir import Graph, Node, Value
 from trine.graph.native.packed import Packed
 from trine.graph.native.recorder import RULES, Recorder
-from trine.graph.native.tape import Context, Tape, library
+from trine.graph.native.tape import Arena, Context, Tape, library
 from trine.graph.native.tensor import Buffer, Tensor
 from trine.graph.runtime import bind
 
@@ -66,6 +66,7 @@ class _Trial:
         self._node, self._recorder, self._inputs, self._end = node, recorder, inputs, end
         self._tape = Tape(recorder.steps, recorder.finish([]), recorder.slots)
         self._context = Context(self._tape)
+        self._context.use(Arena(self._tape.arena_bytes))
         for slot, tensor in enumerate(inputs, 1):
             self._context.bases[slot] = tensor.data_ptr()
 
@@ -91,7 +92,7 @@ class _Trial:
         best, deadline = float("inf"), time.perf_counter() + _SECONDS
         for _ in range(_RUNS):
             library().trine_probe_read(_other_data().data_ptr(), _CACHE_BYTES)
-            for tensor in (*self._inputs, self._context.arena):
+            for tensor in (*self._inputs, self._context.arena.data):
                 library().trine_probe_read(tensor.data_ptr(), tensor.untyped_storage().nbytes() >> 18 << 18)
             start = time.perf_counter()
             self._run()
