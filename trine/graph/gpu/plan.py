@@ -75,7 +75,7 @@ class GpuRuntime:
         if precision not in PRECISIONS:
             raise ConfigurationError(f"precision {precision!r} on a GPU: {', '.join(PRECISIONS)}")
         self.graph, self.precision, self.scales = graph, precision, scales or {}
-        self.target = Target(device(name), PRECISIONS[precision])
+        self.target = Target(device(name), PRECISIONS[precision], tf32=precision != "fp32")
         self.points: dict[Shapes, Point] = {}
         self._ready: OrderedDict[Shapes, Captured | _Eager] = OrderedDict()
         self._lock = threading.Lock()
@@ -229,7 +229,7 @@ class GpuRuntime:
     def forget(self) -> None:
         """Weights have changed: nothing that was prepared holds any more."""
         with self._lock:
-            self.target = Target(self.target.device, self.target.dtype)
+            self.target = Target(self.target.device, self.target.dtype, self.target.tf32)
             self._ready.clear()
 
     def profile(self, arguments: Sequence[Any], runs: int) -> list[tuple[str, str, float]]:

@@ -23,12 +23,19 @@ class Target:
 
     device: torch.device
     dtype: torch.dtype
+    tf32: bool = True
+    """Whether products of float32 may be rounded to TF32, as those of our kernels are on a GPU."""
     forms: dict[tuple[Value, str], Tensor] = field(default_factory=dict)
 
     @property
     def triton(self) -> bool:
         """Whether Triton's kernels run there: on a GPU, or anywhere in its interpreter."""
         return self.device.type == "cuda" or _interprets()
+
+    @property
+    def products(self) -> bool:
+        """Whether our kernels' products are precise enough there."""
+        return self.triton and (self.tf32 or not self.cuda or self.dtype is not torch.float32)
 
     @property
     def cuda(self) -> bool:

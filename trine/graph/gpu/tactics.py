@@ -113,7 +113,7 @@ def _tiles(rows: int) -> tuple[str, ...]:
 @options_for("Linear")
 def triton_linear(node: Node, target: Target) -> Options:
     """Our product with everything in its epilogue."""
-    if not target.triton or not constant_inputs(node, 1, 2) or node.inputs[1] is None:
+    if not target.products or not constant_inputs(node, 1, 2) or node.inputs[1] is None:
         return
     rows = prod(_shape(node.inputs[0])[:-1])
 
@@ -369,7 +369,7 @@ _SPREAD_TILES = ("128x64x64w4s3", "128x128x64w8s3", "64x64x64w4s4", "128x128x32w
 def triton_convolution(node: Node, target: Target) -> Options:
     """Our implicit product with everything in its epilogue; each channel by its own filter, our window kernel."""
     a, weight = node.attributes, node.inputs[1]
-    if not target.triton or weight is None or not constant_inputs(node, 1, 2) or min(a["pads"]) < 0:
+    if not target.products or weight is None or not constant_inputs(node, 1, 2) or min(a["pads"]) < 0:
         return
     filters, channels = _shape(weight)[:2]
     n, out_size = _shape(node.output)[0], _size(node.output)
@@ -449,7 +449,7 @@ def transposed(node: Node, target: Target) -> Options:
     yield "torch", make
     kernel = list(_shape(weight)[2:])
     apart = kernel == strides and strides[0] == strides[1] and dilations == [1, 1] and not any(pads) and not any(extra)
-    if target.triton and apart and group == 1:
+    if target.products and apart and group == 1:
         for text in _SPREAD_TILES:
             yield f"triton_{text}", partial(make_spread, text)
 
@@ -530,7 +530,7 @@ def heads_attention(node: Node, target: Target) -> Options:
         return run
 
     size = _shape(node.inputs[0])[-1] // heads
-    if target.triton and size <= 128:
+    if target.products and size <= 128:
         for sizes in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (64, 32, 4)):
             yield f"triton_{'x'.join(map(str, sizes))}", partial(make, *sizes)
     if not out_scale and (node.input(3) is None or not node.inputs[3].is_constant):  # type: ignore[union-attr]

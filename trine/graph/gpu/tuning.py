@@ -94,7 +94,7 @@ def problem(node: Node, given: Sequence[Any], target: Target) -> str:
     attributes = {key: str(value) for key, value in sorted(node.attributes.items()) if not key.endswith("scale")}
     outputs = [bool(value.name) for value in node.outputs]
     shapes = [described(index) for index in range(len(node.inputs))]
-    return json.dumps([device_key(target), str(target.dtype), node.op, attributes, shapes, outputs])
+    return json.dumps([device_key(target), str(target.dtype), target.tf32, node.op, attributes, shapes, outputs])
 
 
 def tune(
