@@ -83,7 +83,30 @@ INLINE void store_panel(char* p, const vf (&y)[16 / W], DType dtype, int32_t zer
 #endif
 }
 
+// Pixels [first, end) of one image, the channels turned inwards.
+static void quantize_turned(const QuantizeArgs& args, int64_t image, int64_t first, int64_t end) {
+    const float* x = static_cast<const float*>(args.x) + image * args.channels * args.pixels;
+    char* y = static_cast<char*>(args.y) + image * args.channels * args.pixels;
+    const vf scale = set1(args.scale);
+    for (int64_t p = first; p < end; p += W) {
+        const int64_t n = min<int64_t>(W, end - p);
+        for (int64_t c = 0; c < args.channels; ++c) {
+            alignas(16) char bytes[W];
+            store_bytes(bytes, div(load_upto(x + c * args.pixels + p, n), scale), W, args.dtype, args.zero);
+            for (int64_t i = 0; i < n; ++i) y[(p + i) * args.channels + c] = bytes[i];
+        }
+    }
+}
+
 static void quantize(const QuantizeArgs& args) {
+    if (args.channels) {
+        constexpr int64_t PIXELS = 4096;
+        const int64_t parts = ceil_div(args.pixels, PIXELS);
+        return parallel(args.count / (args.channels * args.pixels) * parts, [&](int64_t task) {
+            const int64_t first = task % parts * PIXELS;
+            quantize_turned(args, task / parts, first, min(args.pixels, first + PIXELS));
+        });
+    }
     constexpr int64_t PART = 16 * 1024;
     const int64_t tasks = ceil_div(args.count, PART);
     const auto part = [&](int64_t task) {

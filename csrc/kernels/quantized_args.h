@@ -58,11 +58,13 @@ struct ByteMeanArgs {
     int32_t x_zero;
 };
 
-// count elements: y = round(x / scale) + zero, or back.
+// count elements: y = round(x / scale) + zero, or back. Images [channels][pixels] with `channels` > 0 come out with the
+// channels innermost.
 struct QuantizeArgs {
     const void* x;
     void* y;
     int64_t count;
+    int64_t channels, pixels;
     float scale;
     int32_t zero;
     DType dtype;    // of the integers

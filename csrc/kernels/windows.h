@@ -508,14 +508,27 @@ struct DepthwiseLine {
         : a(a), channels(a.groups), blocks(max<int64_t>(1, ceil_div(channels, 32))),
           groups(ceil_div(a.kernel_h * a.kernel_w, a.wide ? 2 : 4)), flip(a.x_dtype == INT8 ? 0x80 : 0), f(a.finish) {}
 
-    // Pixels' addresses for each place of the kernel; outside of the image those of a line of zero points.
-    void find(int64_t top, int64_t left, const char* image, const char* padding, const char** taps) const {
+    // A place of the kernel on one line: where its line of the image begins (null: outside), and its column.
+    struct Tap {
+        const char* line;
+        int64_t column;
+    };
+
+    void find_lines(int64_t top, const char* image, Tap* taps) const {
         const int64_t places = a.kernel_h * a.kernel_w;
         for (int64_t i = 0; i < groups * 4; ++i) {
             const int64_t p = !a.wide ? i : i % 2 ? places : i / 2;
-            const int64_t y = top + p / a.kernel_w * a.dilation_h, x = left + p % a.kernel_w * a.dilation_w;
-            const bool inside = p < places && y >= 0 && y < a.height && x >= 0 && x < a.width;
-            taps[i] = inside ? image + y * a.x_row + x * a.x_pixel : padding;
+            const int64_t y = top + p / a.kernel_w * a.dilation_h;
+            taps[i] = {p < places && y >= 0 && y < a.height ? image + y * a.x_row : nullptr, p % a.kernel_w * a.dilation_w};
+        }
+    }
+
+    // Pixels' addresses for each place; outside of the image those of a line of zero points.
+    void find(const Tap* taps, int64_t left, const char* padding, const char** found) const {
+        for (int64_t i = 0; i < groups * 4; ++i) {
+            const int64_t x = left + taps[i].column;
+            const bool inside = taps[i].line && x >= 0 && x < a.width;
+            found[i] = inside ? taps[i].line + x * a.x_pixel : padding;
         }
     }
 
@@ -557,15 +570,17 @@ struct DepthwiseLine {
         const int64_t n = line / a.out_height, top = line % a.out_height * a.stride_h - a.pad_top;
         const char* image = static_cast<const char*>(a.x) + n * a.x_image;
         const int64_t count = groups * 4;
-        char* memory = static_cast<char*>(scratch(SCRATCH_INPUT, count * sizeof(char*) + channels));
-        const char** taps = reinterpret_cast<const char**>(memory);
-        char* padding = memory + count * sizeof(char*);
+        char* memory = static_cast<char*>(scratch(SCRATCH_INPUT, count * (sizeof(Tap) + sizeof(char*)) + channels));
+        Tap* lines = reinterpret_cast<Tap*>(memory);
+        const char** taps = reinterpret_cast<const char**>(lines + count);
+        char* padding = reinterpret_cast<char*>(taps + count);
+        find_lines(top, image, lines);
         memset(padding, a.x_zero, channels);
         alignas(64) int32_t c[32];
         const bool simple = is_simple(f) && channels >= 32;
         const ByteCore core(a);
         for (int64_t x = 0; x < a.out_width; ++x) {
-            find(top, x * a.stride_w - a.pad_left, image, padding, taps);
+            find(lines, x * a.stride_w - a.pad_left, padding, taps);
             const int64_t row = line * a.out_width + x;
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t first = max<int64_t>(0, min(b * 32, channels - 32)), some = min<int64_t>(32, channels);

@@ -158,6 +158,7 @@ def test_other_operators_on_bytes(isa: str, dtype: torch.dtype) -> None:
     assert_near(*both("DequantizeLinear", [x, scale, zero], {}))
     values = torch.cat([random(3, 1001) * 5, torch.tensor([[float("inf")], [float("-inf")], [1e30]])], 1)
     assert_near(*both("QuantizeLinear", [values, scale, zero], {}))
+    assert_near(*both("QuantizeLinear", [random(2, 3, 41, 103) * 5, scale, zero], {}))
 
 
 def test_results_do_not_depend_on_threads_or_on_the_batch(isa: str) -> None:

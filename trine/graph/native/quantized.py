@@ -22,6 +22,7 @@ from trine.graph.passes.quantized import scale_of
 PANEL = 16
 _BYTES = (DType.UINT8, DType.INT8)
 _LARGEST_PAIR = 128  # times 255 fits 16 bits
+_FEW_CHANNELS = 8
 _LARGEST_WINDOW = 64
 """Places of a depthwise kernel."""
 
@@ -81,7 +82,7 @@ class QuantizeArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "y")),
-        ("count", c_int64),
+        *((name, c_int64) for name in ("count", "channels", "pixels")),
         ("scale", c_float),
         *((name, c_int32) for name in ("zero", "dtype", "back")),
     )
@@ -354,9 +355,13 @@ def _convert(tape: Recorder, node: Node, op: str) -> bool:
     if scale is None or x is None or node.output.static_shape is None:
         return False
     x = _dense(tape, x)
-    y = tape.output(node.output, channels_last=not x.is_contiguous)
     back = op == "DequantizeLinear"
+    # What becomes bytes is read with the channels innermost: few of them are turned at once.
+    turned = not back and len(x.shape) == 4 and 1 < x.shape[1] <= _FEW_CHANNELS and not x.is_channels_last and x.count
+    y = tape.output(node.output, channels_last=bool(turned) or not x.is_contiguous)
     args = QuantizeArgs(count=x.count, scale=scale.scale, zero=scale.zero, dtype=NUMBERS[scale.dtype], back=back)
+    if turned:
+        args.channels, args.pixels = x.shape[1], x.shape[2] * x.shape[3]
     tape.step("quantize", args, {"x": x, "y": y})
     return True
 
