@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.server.serving import identity, serving, write_model
 from trine.server.errors import Code, ServerError
 from trine.server.request import InferRequest
 from trine.server.settings import LogSettings, TraceSettings
@@ -120,6 +121,63 @@ async def test_spans_continue_the_callers_trace(collector: tuple[str, list[Any]]
     assert [span["name"] for span in parts] == ["queue", "compute"]
     assert {span["traceId"] for span in parts} == {PARENT[3:35]}
     assert all(int(span["startTimeUnixNano"]) <= int(span["endTimeUnixNano"]) for span in spans)
+
+
+async def traced_ensemble(root: Path, tracer: Tracer) -> None:
+    """One traced request to an ensemble of two members."""
+    identity(root, "first")
+    identity(root, "second")
+    steps = ", ".join(
+        f"""{{ model_name: "{model}" model_version: -1 input_map {{ key: "IN" value: "{source}" }}
+        output_map {{ key: "OUT" value: "{target}" }} }}"""
+        for model, source, target in (("first", "x", "mid"), ("second", "mid", "y"))
+    )
+    write_model(
+        root,
+        "both",
+        f"""platform: "ensemble" max_batch_size: 8 input [{{ name: "x" data_type: TYPE_FP32 dims: [4] }}]
+        output [{{ name: "y" data_type: TYPE_FP32 dims: [4] }}] ensemble_scheduling {{ step [ {steps} ] }}""",
+    )
+    async with serving(root) as repository:
+        answered = asyncio.Event()
+        tensor = Tensor.of("x", np.ones((1, 4), np.float32))
+        made = InferRequest("both", {"x": tensor}, lambda response: answered.set(), id="r")
+        tracer.start(made)
+        repository.model("both").submit(made)
+        await asyncio.wait_for(answered.wait(), 10)
+        tracer.finish(made)
+
+
+async def test_an_ensembles_members_are_traced_below_it(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    tracer = Tracer(TraceSettings(file=str(path), given={"trace_rate": 1, "trace_level": ["TIMESTAMPS"]}))
+    await traced_ensemble(tmp_path / "models", tracer)
+    tracer.flush()
+    records = json.loads(path.read_text())
+    named = {record["model_name"]: record for record in records if "model_name" in record}
+    assert {name: record.get("parent_id") for name, record in named.items()} == {
+        "both": None,
+        "first": named["both"]["id"],
+        "second": named["both"]["id"],
+    }
+    stamps = {record["id"]: [stamp["name"] for stamp in record["timestamps"]] for record in records[1::2]}
+    assert "HTTP_RECV_START" in stamps[named["both"]["id"]]
+    for member in ("first", "second"):
+        assert stamps[named[member]["id"]][:3] == ["REQUEST_START", "QUEUE_START", "COMPUTE_START"]
+        assert stamps[named[member]["id"]][-1] == "REQUEST_END"
+
+
+async def test_an_ensembles_spans_are_one_trace(tmp_path: Path, collector: tuple[str, list[Any]]) -> None:
+    url, received = collector
+    settings = TraceSettings(mode="opentelemetry", given={"trace_rate": 1, "trace_level": ["TIMESTAMPS"]})
+    tracer = Tracer(settings, url=url)
+    await traced_ensemble(tmp_path, tracer)
+    await tracer.close()
+    spans = [span for body in received for span in body["resourceSpans"][0]["scopeSpans"][0]["spans"]]
+    assert len({span["traceId"] for span in spans}) == 1
+    requests = {span["attributes"][0]["value"]["stringValue"]: span for span in spans if span["attributes"]}
+    above = requests["both"]["spanId"]
+    assert [requests[name]["parentSpanId"] for name in ("both", "first", "second")] == ["", above, above]
 
 
 async def test_a_collector_that_is_not_there_costs_nothing_but_a_warning() -> None:

@@ -22,15 +22,32 @@ _INTERVAL = 2.0  # seconds between two posts to the collector
 
 
 class RequestTrace:
-    """What is noted of one request."""
+    """What is noted of one request.
 
-    __slots__ = ("id", "level", "parent", "trace_id")
+    parent, trace_id, span: OpenTelemetry's numbers of the span above, the trace and this span
+    above: the id of the ensemble's request that this one is a part of; 0: a client's
+    """
 
-    def __init__(self, number: int, level: list[str], parent: str, trace_id: str) -> None:
+    __slots__ = ("above", "id", "level", "parent", "span", "trace_id", "tracer")
+
+    def __init__(
+        self, tracer: Tracer, number: int, level: list[str], parent: str, trace_id: str, above: int = 0
+    ) -> None:
+        self.tracer = tracer
         self.id = number
         self.level = level
         self.parent = parent
-        self.trace_id = trace_id
+        self.trace_id = trace_id or secrets.token_hex(16)
+        self.span = secrets.token_hex(8)
+        self.above = above
+
+    def start_member(self, member: InferRequest) -> None:
+        """Trace a request that an ensemble makes of one of its members."""
+        member.trace = RequestTrace(self.tracer, self.tracer.number(), self.level, self.span, self.trace_id, self.id)
+
+    def finish_member(self, member: InferRequest) -> None:
+        """The member has given its last response."""
+        self.tracer.finish(member)
 
 
 class Tracer:
@@ -80,8 +97,12 @@ class Tracer:
         if left == 0:
             return
         self._left[name] = left - 1 if left > 0 else left
+        request.trace = RequestTrace(self, self.number(), level, parent, trace_id)
+
+    def number(self) -> int:
+        """The next request's."""
         self._number += 1
-        request.trace = RequestTrace(self._number, level, parent, trace_id)
+        return self._number
 
     def finish(self, request: InferRequest) -> None:
         """The answer has been handed to the socket. Its batch's times may come just after it: they are waited for."""
@@ -108,9 +129,11 @@ class Tracer:
             "model_version": int(request.model_version or 1),
             "request_id": request.id,
         }
+        if trace.above:
+            record["parent_id"] = trace.above
         self._records.append(record)
         if "TIMESTAMPS" in trace.level:
-            stamps = [{"name": name, "ns": ns} for name, ns in _stamps(request, ended)]
+            stamps = [{"name": name, "ns": ns} for name, ns in _stamps(request, trace, ended)]
             self._records.append({"id": trace.id, "timestamps": stamps})
         if "TENSORS" in trace.level:
             for tensor in request.inputs.values():
@@ -143,8 +166,7 @@ class Tracer:
     # OpenTelemetry.
 
     def _add_spans(self, request: InferRequest, trace: RequestTrace, ended: int) -> None:
-        trace_id = trace.trace_id or secrets.token_hex(16)
-        root = secrets.token_hex(8)
+        trace_id, root = trace.trace_id, trace.span
         attributes = {
             "triton.model_name": request.model_name,
             "triton.model_version": request.model_version or "1",
@@ -213,12 +235,13 @@ class Tracer:
             self._posting.cancel()
 
 
-def _stamps(request: InferRequest, ended: int) -> list[tuple[str, int]]:
+def _stamps(request: InferRequest, trace: RequestTrace, ended: int) -> list[tuple[str, int]]:
     """Triton's names for the moments of a request; those that did not come are left out."""
     received = request.received_ns
+    over_the_wire = 0 if trace.above else 1
     stamps = [
-        ("HTTP_RECV_START", received),
-        ("HTTP_RECV_END", received),
+        ("HTTP_RECV_START", received * over_the_wire),
+        ("HTTP_RECV_END", received * over_the_wire),
         ("REQUEST_START", received),
         ("QUEUE_START", request.queued_ns),
         ("COMPUTE_START", request.compute_start_ns),
@@ -227,8 +250,8 @@ def _stamps(request: InferRequest, ended: int) -> list[tuple[str, int]]:
         ("COMPUTE_END", request.compute_end_ns),
         ("INFER_RESPONSE_COMPLETE", ended),
         ("REQUEST_END", ended),
-        ("HTTP_SEND_START", ended),
-        ("HTTP_SEND_END", ended),
+        ("HTTP_SEND_START", ended * over_the_wire),
+        ("HTTP_SEND_END", ended * over_the_wire),
     ]
     return [(name, ns) for name, ns in stamps if ns]
 

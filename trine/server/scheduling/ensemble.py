@@ -185,6 +185,8 @@ class Run:
             member.context = request.context
             member.respond = partial(self._answered, scope, step, member)
             self._members.add(member)
+            if request.trace is not None:
+                request.trace.start_member(member)
             model.submit(member)
         except ServerError as error:
             self.fail(error)
@@ -193,6 +195,8 @@ class Run:
         """A member has answered, perhaps not for the last time."""
         if response.final:
             self._members.discard(member)
+            if member.trace is not None:
+                member.trace.finish_member(member)
         if self._ended:
             return
         if response.error is not None:
