@@ -131,6 +131,8 @@ def test_choices_survive_the_plan_file(tmp_path: Path) -> None:
     assert loaded.runtime.points == plan.runtime.points
     (point,) = plan.runtime.points.values()
     assert len(point.choices) == 7
+    layers = {layer["op"]: layer for layer in plan.inspect()["layers"]}
+    assert layers["MaxPool"]["tactic"] in layers["MaxPool"]["times_ms"]
     loaded.run(named(graph, x))
     assert loaded.inspect()["gpu"]["points"][0]["tactics"] == point.choices
     again = plan_of(graph, tune=True, timing_cache=tmp_path / "times.json")

@@ -64,8 +64,12 @@ class GpuPlan(Plan):
         self.runtime.forget()
 
     def inspect(self) -> dict[str, Any]:
-        """As for all plans; "gpu" says how each set of shapes runs, with the candidates' times."""
-        return {**super().inspect(), "gpu": self.runtime.facts()}
+        """As for all plans; layers as lowered for the first shapes; "gpu" says how each set of shapes runs."""
+        facts = super().inspect()
+        layers = [
+            {**self._layer(node), "tactic": tactic, "times_ms": times} for node, tactic, times in self.runtime.layers()
+        ]
+        return {**facts, "layers": layers or facts["layers"], "gpu": self.runtime.facts()}
 
     def profile(self, inputs: Mapping[str, Any], runs: int = 10) -> list[tuple[str, str, float]]:
         """Name, operator and milliseconds of each node of the lowered graph, each alone in a CUDA graph."""

@@ -20,7 +20,7 @@ from trine.graph.gpu import inductor, tuning
 from trine.graph.gpu.fp8 import Scales, calibrate, to_fp8
 from trine.graph.gpu.lowering import input_shapes, lower
 from trine.graph.gpu.program import Captured, DeviceProgram
-from trine.graph.gpu.registry import Target
+from trine.graph.gpu.registry import Target, options
 from trine.graph.ir import Graph, Node, Value
 from trine.graph.tactics import TimingCache
 
@@ -245,6 +245,18 @@ class GpuRuntime:
                 (node.name, node.op, tuning.launch_ms(program.kernels[node], seen[node], self.target, runs))
                 for node in lowered.nodes
             ]
+
+    def layers(self) -> list[tuple[Node, str, dict[str, float]]]:
+        """The nodes as lowered for the first shapes that are ready, their candidates, and the times tried."""
+        key = next(iter(self._ready), None)
+        if key is None:
+            return []
+        point = self.points.get(key) or self._nearest(key)
+        found = []
+        for node in self._lowered(key).nodes:
+            first = next(iter(options(node, self.target)), "torch")
+            found.append((node, point.choices.get(label(node), first), point.times.get(label(node), {})))
+        return found
 
     def facts(self) -> dict[str, Any]:
         """What the plan says of itself: each set of shapes with how it runs, and what its intermediates take."""
