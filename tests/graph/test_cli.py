@@ -132,6 +132,8 @@ def test_refit_from_a_model_and_by_name(folder: Path, capsys: pytest.CaptureFixt
         (["build", "model.onnx", "-o", "x.plan", "--opt", "x"], "write NAME:1x3x224x224"),
         (["build", "model.onnx", "-o", "x.plan", "--opt", "z:1x4"], "no input is called 'z'"),
         (["build", "model.onnx", "-o", "x.plan", "--precision", "int8"], "needs calibration data"),
+        (["build", "model.onnx", "-o", "x.plan", "--device", "cuda:99"], "cuda:99"),
+        (["build", "model.onnx", "-o", "x.plan", "--inductor"], "plans on a GPU"),
         (["run", "model.onnx", "--input", "x"], "write NAME=@FILE.npy"),
         (["run", "model.onnx", "--input", "x=@none.npy"], "can't be read"),
         (["run", "model.onnx", "--input", "x=@all.npz"], "an .npz file: leave the name out"),

@@ -44,7 +44,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         "--calibration-method",
         default="minmax",
         choices=("entropy", "percentile", "minmax", "mse"),
-        help="how ranges follow from the data (default: mse)",
+        help="how ranges follow from the data (default: minmax)",
     )
     group.add_argument("--calibration-cache", metavar="FILE", help="keep the ranges there, and read those found before")
     group.add_argument(

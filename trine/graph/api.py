@@ -38,6 +38,8 @@ Array = np.ndarray[Any, Any]
 class Plan:
     """A compiled model. `run` may be called from several threads."""
 
+    device = "cpu"
+
     def __init__(
         self,
         graph: Graph,
@@ -123,14 +125,18 @@ class Plan:
             tensors = {name: _from_caller(given, Value(name)) for name, given in weights.items()}
             refit_by_name(self.graph, tensors)
         else:
-            kind = str(self.precision["precision"])
-            if kind in ("int8", "fp8"):
-                raise ConfigurationError(f"a plan in {kind} can't be refitted from a model: build it again")
             other = import_model(weights)
             run_passes(other)
-            refit_from_graph(self.graph, lower_precision(other, kind)[0])
+            refit_from_graph(self.graph, self._lowered(other))
         self._kernels.clear()
         self._prepare({})
+
+    def _lowered(self, graph: Graph) -> Graph:
+        """An optimised graph in the plan's precision."""
+        kind = str(self.precision["precision"])
+        if kind in ("int8", "fp8"):
+            raise ConfigurationError(f"a plan in {kind} can't be refitted from a model: build it again")
+        return lower_precision(graph, kind)[0]
 
     def inspect(self) -> dict[str, Any]:
         """What the plan is: interface, layers with their tactics and times, memory, what each pass did."""

@@ -90,7 +90,7 @@ def _options(config: ModelConfig, path: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"model '{config.name}': the accelerator has no parameter {key!r}; it has {', '.join(OPTIONS)}"
         )
-    options: dict[str, Any] = {"tune": _flag(config, given, "tune")}
+    options: dict[str, Any] = {"tune": _flag(config, given, "tune"), "device": device_of(config)}
     if "precision_mode" in given:
         options["precision"] = given["precision_mode"].lower()
     if "calibration" in given:
@@ -102,6 +102,14 @@ def _options(config: ModelConfig, path: Path) -> dict[str, Any]:
     if not any(shapes):
         options["shapes"] = _batch_shapes(config)
     return options
+
+
+def device_of(config: ModelConfig) -> str:
+    """A GPU for a model that has the accelerator among those of the GPU, where there is one."""
+    import torch
+
+    wanted = any(item.name in NAMES for item in config.optimization.execution_accelerators.gpu_execution_accelerator)
+    return "cuda" if wanted and torch.cuda.is_available() else "cpu"
 
 
 def _batch_shapes(config: ModelConfig) -> dict[str, list[int]]:

@@ -5,15 +5,15 @@ All instances share one plan: its weights are mapped from the file once, and its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from trine.core.errors import ModelLoadError, TrineError
 from trine.server.backends.base import Device, ModelFiles
-from trine.server.backends.compilation import compiled
+from trine.server.backends.compilation import compiled, device_of
 from trine.server.backends.file_tensors import (
     FileTensor,
     check_tensors,
@@ -23,12 +23,15 @@ from trine.server.backends.file_tensors import (
 )
 from trine.server.configuration.types import datatype_name
 from trine.server.errors import ServerError
+from trine.server.proto import pb
 from trine.server.tensors import Array
 
 if TYPE_CHECKING:
     from trine.graph import Plan
+    from trine.graph.ir import Graph, Value
 
 ModelConfig = Any
+T = TypeVar("T")
 
 _DATATYPES = {
     "bool": "BOOL",
@@ -58,43 +61,69 @@ class PlanBackend:
         self._opened: dict[Path, Plan] = {}
 
     def complete(self, config: ModelConfig, files: ModelFiles) -> None:
-        """Inputs, outputs and batching as the plan has them, where the configuration leaves them out."""
-        if is_complete(config):
-            return
-        plan = self._opened[files.version_directory] = self.open(config, files)
-        complete_tensors(config, *_interface(plan), self._settings)
+        """Inputs, outputs, batching and device as the plan has them, where the configuration leaves them out."""
+        path = self._path(config, files)
+        if path.suffix == ".onnx":  # compiled when it is loaded: for the batch that the configuration then has
+            graph, on_cpu = _guarded(config, path, _read_model), device_of(config) == "cpu"
+        else:
+            plan = self._opened[files.version_directory] = self._open(config, path)
+            graph, on_cpu = plan.graph, plan.device == "cpu"
+        if on_cpu:
+            _run_on_cpu(config)
+        if not is_complete(config):
+            complete_tensors(config, *_interface(graph), self._settings)
 
     def load(self, config: ModelConfig, files: ModelFiles) -> PlanModel:
-        plan = self._opened.pop(files.version_directory, None) or self.open(config, files)
+        plan = self._opened.pop(files.version_directory, None) or self._open(config, self._path(config, files))
         return PlanModel(config, plan)
 
-    def open(self, config: ModelConfig, files: ModelFiles) -> Plan:
-        """The plan in the version's directory, or of the ONNX model there. ModelLoadError says what is wrong."""
+    def _path(self, config: ModelConfig, files: ModelFiles) -> Path:
         path = files.version_directory / (config.default_model_filename or "model.plan")
         if not path.is_file():
             raise ModelLoadError(
                 f"model '{config.name}': there is no file {path}: make one with `trine build model.onnx "
                 f"-o {path.name}`, or name it in default_model_filename"
             )
+        return path
+
+    def _open(self, config: ModelConfig, path: Path) -> Plan:
+        """The plan in a file, or of the ONNX model there. ModelLoadError says what is wrong."""
+        if path.suffix == ".onnx":
+            return _guarded(config, path, lambda file: compiled(config, file, self._settings))
         from trine import graph
 
-        try:
-            return compiled(config, path, self._settings) if path.suffix == ".onnx" else graph.load_plan(path)
-        except TrineError as error:
-            raise ModelLoadError(f"model '{config.name}': {error.message}") from error
+        return _guarded(config, path, graph.load_plan)
+
+
+def _guarded(config: ModelConfig, path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the file; its errors name the model."""
+    try:
+        return read(path)
+    except TrineError as error:
+        raise ModelLoadError(f"model '{config.name}': {error.message}") from error
+
+
+def _read_model(path: Path) -> Graph:
+    from trine.graph.importer import import_model
+
+    return import_model(path)
 
 
 class PlanModel:
     """A plan, which every instance runs."""
 
     def __init__(self, config: ModelConfig, plan: Plan) -> None:
-        check_tensors(config, *_interface(plan))
+        check_tensors(config, *_interface(plan.graph))
         self._config = config
         self._plan = plan
 
     def instance(self, device: Device, index: int) -> PlanInstance:
-        if device.kind == "cuda":
-            raise ModelLoadError(f"model '{self._config.name}': plans run on the CPU: use KIND_CPU in instance_group")
+        where = "cpu" if device.kind != "cuda" else f"cuda:{device.index}"
+        if (where == "cpu") != (self._plan.device == "cpu") or self._plan.device not in ("cuda", "cpu", where):
+            raise ModelLoadError(
+                f"model '{self._config.name}': the plan is built for {self._plan.device}, the instance is to run on "
+                f"{where}: change instance_group, or build the plan with --device {where}"
+            )
         return PlanInstance(self._plan, self._config)
 
     def close(self) -> None:
@@ -129,18 +158,28 @@ class PlanInstance:
         self._run = None
 
 
+def _run_on_cpu(config: ModelConfig) -> None:
+    """Instances that may run anywhere run where the plan does, whatever the machine has."""
+    kinds = pb.ModelInstanceGroup.Kind
+    if not config.instance_group:
+        config.instance_group.add()
+    for group in config.instance_group:
+        if group.kind == kinds.Value("KIND_AUTO") and not group.gpus:
+            group.kind = kinds.Value("KIND_CPU")
+
+
 def _to_server(array: Array) -> Array:
     """BF16 travels as its bits."""
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
-def _interface(plan: Plan) -> tuple[list[FileTensor], list[FileTensor]]:
-    """The plan's inputs and outputs."""
-    facts = plan.inspect()
-    return [_tensor(each) for each in facts["inputs"]], [_tensor(each) for each in facts["outputs"]]
+def _interface(graph: Graph) -> tuple[list[FileTensor], list[FileTensor]]:
+    """The inputs and outputs, by the names that callers use."""
+    outputs = zip(graph.output_names, graph.outputs, strict=True)
+    return [_tensor(value.name, value) for value in graph.inputs], [_tensor(name, value) for name, value in outputs]
 
 
-def _tensor(described: dict[str, Any]) -> FileTensor:
-    kind = str(described["dtype"])
-    shape = tuple(dim if isinstance(dim, int) else -1 for dim in described["shape"] or ())
-    return FileTensor(described["name"], _DATATYPES.get(kind, kind), shape)
+def _tensor(name: str, value: Value) -> FileTensor:
+    kind = str(value.dtype)
+    shape = tuple(dim if isinstance(dim, int) else -1 for dim in value.shape or ())
+    return FileTensor(name, _DATATYPES.get(kind, kind), shape)
