@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from trine.graph import plan as plan_file
 from trine.graph import tactics
 from trine.graph.dtypes import DType, from_numpy, to_numpy, to_torch
 from trine.graph.errors import InputError, PlanError
+from trine.graph.export import is_torch, to_onnx
 from trine.graph.importer import import_model
 from trine.graph.ir import Graph, Node, Value
 from trine.graph.memory import memory_use
@@ -280,7 +279,7 @@ def build(
     device: str = "cpu",
     inductor: bool = False,
 ) -> Plan:
-    """Compile an ONNX file, its bytes, a ModelProto, or a torch module with example inputs `args`.
+    """Compile an ONNX file, its bytes, a ModelProto, an exported program, or a torch module with inputs `args`.
 
     `tune=False` takes the first candidate for each node instead of timing them; `timing_cache` is a file that keeps
     times for the next build; `shapes` are the inputs' shapes to tune for, where the model leaves them open; `profiles`
@@ -296,7 +295,7 @@ def build(
     `device` is cpu or cuda (cuda:1, …): there fp32, tf32, fp16, bf16 and fp8 are known, fp8 with the largest magnitudes
     of `calibration`; `inductor` lets TorchInductor compete for the whole graph, which takes minutes.
     """
-    graph = import_model(_exported(source, args) if isinstance(source, torch.nn.Module) else source, folder)
+    graph = import_model(to_onnx(source, args) if is_torch(source) else source, folder)
     check_profiles(profiles, graph)
     if inductor and device == "cpu":
         raise ConfigurationError("inductor is for plans on a GPU: give a device, or leave it out")
@@ -353,18 +352,6 @@ def build(
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
         return made(choose_first(graph))  # the model can't run on made-up inputs
     return made(choices, kernels, packed=None if executor is None else executor.packed.entries)
-
-
-def _exported(module: torch.nn.Module, args: Sequence[torch.Tensor] | None) -> bytes:
-    """The module as an ONNX model, for the shapes of `args`."""
-    if args is None:
-        raise ConfigurationError("a torch module needs args, example inputs to trace it with")
-    buffer = io.BytesIO()
-    write: Any = buffer  # the older exporter, which needs no further package, takes a buffer
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, tuple(args), write, opset_version=17, dynamo=False)
-    return buffer.getvalue()
 
 
 def example_shapes(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> list[tuple[int, ...] | None]:
