@@ -43,16 +43,15 @@ def _is_plain(node: Node) -> bool:
 
 
 def _merge(graph: Graph, nodes: Sequence[Node], joined: dict[str, Value]) -> None:
-    first, x = nodes[0], nodes[0].inputs[0]
+    first = nodes[0]
     weights = [node.inputs[1] for node in nodes]
     rows = [0 if weight is None else weight.data.shape[0] for weight in weights]
     biases = [node.input(2) or constant("", torch.zeros(count)) for node, count in zip(nodes, rows, strict=True)]
     bias = _joined(biases, joined) if any(node.input(2) for node in nodes) else None
     shape = (*(first.output.shape or ())[:-1], sum(rows))
     whole = Value(f"{first.output.name}.merged", first.output.dtype, shape)
-    merged = Node(
-        "Linear", [x, _joined(weights, joined), bias], [whole], dict(first.attributes), f"{first.name}.merged"
-    )
+    inputs = [first.inputs[0], _joined(weights, joined), bias]
+    merged = Node("Linear", inputs, [whole], dict(first.attributes), f"{first.name}.merged")
     sizes = constant(f"{whole.name}.sizes", torch.tensor(rows))
     split = Node("Split", [whole, sizes], [node.output for node in nodes], {"axis": -1}, f"{first.name}.split")
     place = graph.nodes.index(first)
