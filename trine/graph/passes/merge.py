@@ -9,8 +9,7 @@ import torch
 
 from trine.graph.ir import Graph, Node, Value, constant
 
-_NEAR = 16
-"""Nodes between two that are merged: a result that lies long before its reader takes memory."""
+_NEAR = 16  # nodes between two that are merged: a result that lies long before its reader takes memory
 
 
 def merge_linear(graph: Graph) -> Graph:
