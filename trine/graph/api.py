@@ -37,8 +37,6 @@ Array = np.ndarray[Any, Any]
 class Plan:
     """A compiled model. `run` may be called from several threads."""
 
-    device = "cpu"
-
     def __init__(
         self,
         graph: Graph,
@@ -130,8 +128,16 @@ class Plan:
         self._kernels.clear()
         self._prepare({})
 
+    @property
+    def device(self) -> str:
+        """cpu, or the GPU that it runs on."""
+        runtime = getattr(self, "runtime", None)
+        return "cpu" if runtime is None else str(runtime.target.device)
+
     def _lowered(self, graph: Graph) -> Graph:
-        """An optimised graph in the plan's precision."""
+        """An optimised graph in the plan's precision, which on a GPU is the runtime's own affair."""
+        if self.device != "cpu":
+            return graph
         kind = str(self.precision["precision"])
         if kind in ("int8", "fp8"):
             raise ConfigurationError(f"a plan in {kind} can't be refitted from a model: build it again")

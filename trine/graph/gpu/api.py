@@ -32,7 +32,6 @@ class GpuPlan(Plan):
 
     def __init__(self, graph: Graph, effects: list[Effect], runtime: GpuRuntime, profiles: Sequence[Profile]) -> None:
         self.runtime = runtime
-        self.device = str(runtime.target.device)
         super().__init__(
             graph, effects, profiles=profiles, precision=Report(runtime.precision, 0).as_dict(), native=False
         )
@@ -63,9 +62,6 @@ class GpuPlan(Plan):
     def refit(self, weights: Mapping[str, Any] | str | os.PathLike[str] | bytes | Any) -> None:
         super().refit(weights)
         self.runtime.forget()
-
-    def _lowered(self, graph: Graph) -> Graph:
-        return graph  # precision is the device's own affair
 
     def inspect(self) -> dict[str, Any]:
         """As for all plans; layers as lowered for the first shapes; "gpu" says how each set of shapes runs."""
