@@ -29,8 +29,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from plan_models import MODELS, export  # noqa: E402
 
 ROUNDS = 4
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.3}
-"""Of the largest number: lower precisions round in places of their own, and random weights do not forgive much."""
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.5}
+"""Of the largest number: lower precisions round in places of their own, and peers' sums of bytes may saturate on AVX2."""
 
 
 class Worker:
