@@ -30,7 +30,7 @@ from plan_models import MODELS, export  # noqa: E402
 
 ROUNDS = 4
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.5}
-"""Of the largest number: lower precisions round in places of their own, and peers' sums of bytes may saturate on AVX2."""
+"""Of the largest number: lower precisions round in places of their own, and peers' sums may saturate on AVX2."""
 
 
 class Worker:
