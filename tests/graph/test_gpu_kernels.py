@@ -123,6 +123,16 @@ def test_attention(length: int, keys: int, size: int, mask: tuple[int, ...] | No
     assert_near(attention.heads_attention(q, k, v, given, 2, 0.125), expected)
 
 
+def test_guarded_attention_gives_zeros_where_every_key_is_hidden() -> None:
+    q, k, v = randn(1, 5, 32), randn(1, 7, 32, seed=1), randn(1, 7, 32, seed=2)
+    mask = torch.zeros(1, 1, 5, 7)
+    mask[..., 2, :] = -torch.inf
+    mask[..., 3, 4:] = -torch.inf
+    expected = operators.heads_attention(q.float(), k.float(), v.float(), mask, heads=2, scale=0.25, guarded=1)
+    assert not expected[0, 2].any()
+    assert_near(attention.heads_attention(q, k, v, mask, 2, 0.25, guarded=True), expected)
+
+
 @pytest.mark.parametrize("summed", [False, True])
 def test_norm(summed: bool) -> None:
     x, residual, scale, bias = randn(5, 100), randn(5, 100, seed=1), randn(100, seed=2), randn(100, seed=3)

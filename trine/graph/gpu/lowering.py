@@ -139,6 +139,8 @@ def fuse_heads(graph: Graph) -> Graph:
         ):
             continue
         attributes = {"heads": heads, "scale": attention.attributes["scale"]}
+        if attention.attributes.get("guarded"):
+            attributes["guarded"] = 1
         inputs = [*(value for value, _ in rows), attention.input(3)]
         replace_node(graph, join[0], Node("HeadsAttention", inputs, [], attributes, attention.name))
     remove_unread(graph)

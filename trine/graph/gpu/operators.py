@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trine.graph.operators.algebra import activate
+from trine.graph.operators.attention import scaled_dot_product_attention
 from trine.graph.operators.registry import operator
 from trine.kernels import fp8
 
@@ -20,14 +21,19 @@ def _rounded(x: Tensor, scale: float) -> Tensor:
 
 @operator("HeadsAttention")
 def heads_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, heads: int, scale: float, out_scale: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float,
+    guarded: int = 0,
+    out_scale: float = 0.0,
 ) -> Tensor:
     """Attention of q [B, S, H D] over k and v [B, T, H D], each head's numbers side by side: [B, S, H D]."""
     q, k, v = (x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2) for x in (q, k, v))
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-    if mask is not None:
-        scores = scores + mask
-    y = torch.matmul(torch.softmax(scores, -1), v)
+    y = scaled_dot_product_attention(q, k, v, mask, scale=scale, guarded=guarded)
     return _rounded(y.transpose(1, 2).flatten(-2), out_scale)
 
 

@@ -503,16 +503,22 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
+def _guard(y: Tensor) -> Tensor:
+    """Zeros where every key was hidden, whichever of torch's kernels served."""
+    return torch.where(torch.isnan(y), 0.0, y)
+
+
 @options_for("HeadsAttention")
 def heads_attention(node: Node, target: Target) -> Options:
     a = node.attributes
-    heads, scale, out_scale = a["heads"], a["scale"], a.get("out_scale", 0.0)
+    heads, scale, out_scale, guarded = a["heads"], a["scale"], a.get("out_scale", 0.0), bool(a.get("guarded", 0))
 
     def make_torch() -> Kernel:
         def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             mask = mask if mask is None else mask.expand(q.shape[0], 1, q.shape[1], k.shape[1])
             q, k, v = _heads(q, heads), _heads(k, heads), _heads(v, heads)
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(-2)
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            return (_guard(y) if guarded else y).transpose(1, 2).flatten(-2)
 
         return run
 
@@ -525,7 +531,8 @@ def heads_attention(node: Node, target: Target) -> Options:
 
         def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-            return heads_attention(q, k, v, fixed if fixed is not None else mask, heads, scale, out_scale, tuning)
+            mask = mask if fixed is None else fixed
+            return heads_attention(q, k, v, mask, heads, scale, guarded, out_scale, tuning)
 
         return run
 
@@ -540,13 +547,15 @@ def heads_attention(node: Node, target: Target) -> Options:
 @options_for("ScaledDotProductAttention")
 def attention(node: Node, target: Target) -> Options:
     scale, turned = node.attributes["scale"], node.attributes.get("k_transposed", 0)
+    guarded = bool(node.attributes.get("guarded", 0))
     if any(value is not None and value.is_constant for value in node.inputs):
         return
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = mask.reshape(1, -1) if mask is not None and mask.dim() < 2 else mask
         k = k.transpose(-1, -2) if turned else k
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return _guard(y) if guarded else y
 
     yield "torch", lambda: run
 

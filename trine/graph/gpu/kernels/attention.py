@@ -34,7 +34,7 @@ def _heads_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, y_ptr, length, key_length, scale, inverse_scale,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, mask_batch, mask_head, mask_row, mask_column,
     heads: tl.constexpr, size: tl.constexpr, size_block: tl.constexpr, has_mask: tl.constexpr,
-    mask_rows: tl.constexpr,
+    mask_rows: tl.constexpr, guarded: tl.constexpr,
     has_rounded: tl.constexpr, query_block: tl.constexpr, key_block: tl.constexpr, num_stages: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +86,8 @@ def _heads_attention_kernel(
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
         top = new_top
     y = acc / total[:, None]
+    if guarded:
+        y = tl.where((total > 0)[:, None], y, 0.0)  # a sum that is not a number is not above 0 either
     if has_rounded:
         y = rounded(y, inverse_scale)
     out = y_ptr + (batch * length + rows[:, None]) * (heads * size) + at[None, :]
@@ -99,12 +101,14 @@ def heads_attention(
     mask: torch.Tensor | None,
     heads: int,
     scale: float,
+    guarded: bool = False,
     out_scale: float = 0.0,
     tuning: AttentionTuning | None = None,
 ) -> torch.Tensor:
     """Attention of q [B, S, H D] over k and v [B, T, H D], numbers of a row side by side: [B, S, H D], contiguous.
 
-    `mask` broadcasts to [B, H, S, T]. With `out_scale` the result is float8, over that scale.
+    `mask` broadcasts to [B, H, S, T]; `guarded` makes rows whose mask hides every key 0. With `out_scale` the result is
+    float8, over that scale.
     """
     tuning = tuning or AttentionTuning()
     (batch, length, width), key_length = q.shape, k.shape[1]
@@ -119,7 +123,7 @@ def heads_attention(
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *strides,
             heads=heads, size=size, size_block=max(triton.next_power_of_2(size), 16), has_mask=mask is not None,
             mask_rows=bool(strides[2]),
-            has_rounded=bool(out_scale), query_block=tuning.queries, key_block=tuning.keys,
+            guarded=guarded, has_rounded=bool(out_scale), query_block=tuning.queries, key_block=tuning.keys,
             num_stages=tuning.num_stages, num_warps=tuning.num_warps, **early_launch(q.device),
         )  # fmt: skip
     return y
