@@ -77,6 +77,7 @@ def test_networks(precision: str) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_every_candidate_agrees_with_its_node() -> None:
+    pytest.importorskip("triton")
     x, tokens = torch.randn(2, 3, 16, 16), encoder_inputs()
     tried = set()
     for module, inputs in ((Images(), (x,)), (Encoder(True), tokens)):
