@@ -64,7 +64,7 @@ class DeviceProgram:
         for node, kernel, inputs, outputs, last in self.steps:
             try:
                 result = kernel(*[registers[slot] for slot in inputs])
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise ExecutionError(f"node {node.name!r} ({node.op}) failed: {reason}") from error
             for slot, part in zip(outputs, result if isinstance(result, tuple) else (result,), strict=False):

@@ -64,7 +64,7 @@ def settle(program: DeviceProgram, inputs: Sequence[Any]) -> dict[Node, list[Any
         seen[node] = given
         try:
             return kernel(*given)
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError, IndexError):
             if options(node, program.target):
                 raise
             program.kernels[node] = generic.on_host(node, program.target)

@@ -27,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight
 from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier
+from trine.kernels.triton.stream_linear import add_up, fetch_x
 
 MAX_ROWS = 64
 _MAX_TILES = 1 << 15
@@ -57,36 +58,6 @@ def _fetch_weights(w_desc, x_desc, step, k_steps, ready, ring, wanted, n_block: 
 
 
 @gluon.jit
-def _fetch_x(x_desc, step, k_steps, ready, ring, wanted, k_block: gl.constexpr):
-    async_load(x_desc, [0, step % k_steps * k_block], ready, ring, pred=wanted)
-
-
-@gluon.jit
-def _add_up(
-    acc, parts_ptr, arrivals_ptr, place, tile, begin, end, total,
-    n_block: gl.constexpr, rows_block: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Keep this program's part of a tile whose steps are [begin, end). The program that comes last returns the sum of
-    all parts and True.
-    """
-    size: gl.constexpr = n_block * rows_block
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    own = program * 2 + (program * total // programs <= begin).to(gl.int32)  # a program has two parts at most
-    gl.store(parts_ptr + own.to(gl.int64) * size + place, acc)
-    barrier()
-    first_program = ((begin + 1) * programs - 1) // total
-    last_program = (end * programs - 1) // total
-    is_last = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == last_program - first_program
-    if is_last:
-        acc = gl.zeros([n_block, rows_block], gl.float32, layout)
-        for other in range(first_program, last_program + 1):
-            part = other * 2 + (other * total // programs <= begin).to(gl.int32)
-            acc += gl.load(parts_ptr + part.to(gl.int64) * size + place, cache_modifier=".cg")
-        gl.store(arrivals_ptr + tile, 0)  # ready for the next launch
-    return acc, is_last
-
-
-@gluon.jit
 def _fp8_stream_kernel(
     w_desc, x_desc, x_scales_ptr, w_scales_ptr, bias_ptr, y_ptr, parts_ptr, arrivals_ptr,
     num_rows, outputs, k_steps, total, groups, y_stride,
@@ -109,7 +80,7 @@ def _fp8_stream_kernel(
     gdc_launch_dependents()
     gdc_wait()
     for i in gl.static_range(stages):
-        _fetch_x(x_desc, first + i, k_steps, ready.index(i), x_ring.index(i), i < count, k_block)
+        fetch_x(x_desc, first + i, k_steps, ready.index(i), x_ring.index(i), i < count, k_block)
 
     rows = gl.arange(0, rows_block, gl.SliceLayout(0, layout))
     there = rows < num_rows
@@ -130,14 +101,14 @@ def _fp8_stream_kernel(
         _fetch_weights(
             w_desc, x_desc, step + stages, k_steps, ready.index(slot), w_ring.index(slot), more, n_block, k_block
         )  # fmt: skip
-        _fetch_x(x_desc, step + stages, k_steps, ready.index(slot), x_ring.index(slot), more, k_block)
+        fetch_x(x_desc, step + stages, k_steps, ready.index(slot), x_ring.index(slot), more, k_block)
         acc += product * scales[None, :]
         if (k_step + 1 == k_steps) | (i + 1 == count):
             tile = step // k_steps
             begin = tile * k_steps
             y, whole = acc, True
             if (first > begin) | (step + 1 < begin + k_steps):
-                y, whole = _add_up(
+                y, whole = add_up(
                     acc, parts_ptr, arrivals_ptr, place, tile, begin, begin + k_steps, total,
                     n_block, rows_block, layout,
                 )  # fmt: skip

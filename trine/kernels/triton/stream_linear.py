@@ -61,12 +61,12 @@ def _fetch_weights(
 
 
 @gluon.jit
-def _fetch_x(x_desc, step, k_steps, ready, ring, wanted, k_block: gl.constexpr):
+def fetch_x(x_desc, step, k_steps, ready, ring, wanted, k_block: gl.constexpr):
     async_load(x_desc, [0, step % k_steps * k_block], ready, ring, pred=wanted)
 
 
 @gluon.jit
-def _add_up(
+def add_up(
     acc, parts_ptr, arrivals_ptr, place, tile, begin, end, total,
     n_block: gl.constexpr, rows_block: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
@@ -195,7 +195,7 @@ def _stream_kernel(
     gdc_launch_dependents()
     gdc_wait()
     for i in gl.static_range(stages):
-        _fetch_x(x_desc, first + i, k_steps, ready.index(i), x_ring.index(i), i < count, k_block)
+        fetch_x(x_desc, first + i, k_steps, ready.index(i), x_ring.index(i), i < count, k_block)
 
     rows = gl.arange(0, rows_block, gl.SliceLayout(0, layout))
     n_in_tile = gl.arange(0, n_block, gl.SliceLayout(1, layout))
@@ -212,13 +212,13 @@ def _stream_kernel(
             w_desc, x_desc, step + stages, k_steps, tiles_a_jump, jump, pair_distance, ready.index(slot),
             w_ring.index(slot), more, n_block, k_block, paired,
         )  # fmt: skip
-        _fetch_x(x_desc, step + stages, k_steps, ready.index(slot), x_ring.index(slot), more, k_block)
+        fetch_x(x_desc, step + stages, k_steps, ready.index(slot), x_ring.index(slot), more, k_block)
         if ((step + 1) % k_steps == 0) | (i + 1 == count):
             tile = step // k_steps
             begin = tile * k_steps
             y, whole = acc, True
             if (first > begin) | (step + 1 < begin + k_steps):
-                y, whole = _add_up(
+                y, whole = add_up(
                     acc, parts_ptr, arrivals_ptr, place, tile, begin, begin + k_steps, total,
                     n_block, rows_block, layout,
                 )  # fmt: skip
