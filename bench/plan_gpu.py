@@ -4,9 +4,10 @@
 
 Everything is captured as a CUDA graph, replayed back to back, and timed by the device's clock; the runs take turns, and
 medians count. torch.compile gets the model in the same type, images with channels innermost, attention as
-`scaled_dot_product_attention`. Building is most of the time: each model is built, by us and by the peers, in processes
-of its own, which measure candidates one at a time; what they find stays in the caches, from which one process then
-takes everything to time it alone.
+`scaled_dot_product_attention`. Building is most of the time: each model is built, by us and by each peer, in a process
+of its own, side by side; they measure candidates one at a time, and then wait, with the captured graph, to be asked for
+a replay. A model is timed as soon as everybody has it, and all of them again at the end, when nothing is built any
+more. What the builds found stays in the folder, where the next call finds it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ import json
 import logging
 import math
 import os
+import queue
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +56,27 @@ Replay = Callable[[], None]
 class Exclusive:
     """Holds the GPU for a measurement, among the processes of this benchmark; may be entered again while held."""
 
-    depth = 0
-    file: Any = None
+    def __init__(self) -> None:
+        self.depth = 0
+        self.mutex = threading.RLock()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         path = os.environ.get("PLAN_GPU_LOCK")
-        if path is None or Exclusive.depth:
-            yield
-            return
-        Exclusive.depth += 1
-        with open(path, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
+        with self.mutex:
+            if path is None or self.depth:
                 yield
-            finally:
-                torch.cuda.synchronize()
-                Exclusive.depth -= 1
+                return
+            self.depth += 1
+            with open(path, "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    yield
+                finally:
+                    if torch.cuda.is_initialized():
+                        torch.cuda.synchronize()
+                    self.depth -= 1
+                    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 exclusive = Exclusive()
@@ -76,21 +85,18 @@ tuning.exclusive = exclusive
 
 def measure_alone() -> None:
     """Inductor's measurements hold the GPU, too: others' would spoil its choices."""
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+    from torch._inductor.runtime import benchmarking
 
-    for owner, name in ((AlgorithmSelectorCache, "benchmark_choices"), (CachingAutotuner, "benchmark_all_configs")):
-        original = owner.__dict__.get(name)
+    for owner in (benchmarking.TritonBenchmarker, benchmarking.InductorBenchmarker):
+        original = owner.__dict__.get("benchmark_gpu")
         if original is None:
             continue
-        function = original.__func__ if isinstance(original, classmethod | staticmethod) else original
 
-        def held(*args: Any, _function: Any = function, **kwargs: Any) -> Any:
+        def held(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
             with exclusive():
-                return _function(*args, **kwargs)
+                return _original(*args, **kwargs)
 
-        wrapped = type(original)(held) if isinstance(original, classmethod | staticmethod) else held
-        setattr(owner, name, wrapped)
+        owner.benchmark_gpu = held  # type: ignore[method-assign]
 
 
 def inputs_of(name: str, batch: int) -> tuple[torch.Tensor, ...]:
@@ -183,48 +189,6 @@ def replay_us(replay: Replay, seconds: float) -> float:
     return start.elapsed_time(stop) * 1e3 / count
 
 
-def compare(name: str, batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Everybody's times of one model and batch, taken in turns."""
-    wanted = expected(name, batch)
-    replays: dict[str, Replay] = {}
-    outputs: dict[str, torch.Tensor] = {}
-    runtimes: dict[str, GpuRuntime] = {}
-    for dtype in args.dtype:
-        if not belongs(name, batch, dtype, args):
-            continue
-        key = f"trine {dtype}"
-        runtimes[key], replays[key], outputs[key] = plan(name, batch, dtype, args)
-        for mode in args.peer if dtype == args.dtype[0] and not args.skip_peers else []:
-            key = f"{mode} {dtype}"
-            if MODES[mode] is not None and not (args.folder / f"cache_{name}_{batch}_{dtype}_{mode}.bin").exists():
-                print(f"{name} batch {batch}: {key} is not built: give --prepare more time")
-                continue
-            try:
-                replays[key], outputs[key] = peer(name, batch, DTYPES[dtype], mode)
-            except Exception as failure:
-                print(f"{name} batch {batch}: {key} failed: {str(failure)[:300]}")
-    for replay in replays.values():
-        replay()
-    torch.cuda.synchronize()
-    facts = {key: (error(y, wanted), cosine(y, wanted)) for key, y in outputs.items()}
-    times: dict[str, list[float]] = {key: [] for key in replays}
-    for _ in range(args.rounds):
-        for key, replay in replays.items():
-            times[key].append(replay_us(replay, args.seconds))
-    rows = []
-    for key, values in times.items():
-        who, _, dtype = key.rpartition(" ")
-        row = {"model": name, "batch": batch, "dtype": dtype, "who": who, "us": statistics.median(values)}
-        row |= {"runs": values, "error": facts[key][0], "cosine": facts[key][1]}
-        if key in runtimes:
-            row["facts"] = runtimes[key].facts()["points"]
-            row["profile"] = profile(replays[key]) if args.profile else []
-            if not row["error"] <= LIMIT[dtype]:
-                print(f"WRONG: {name} batch {batch} {key}: error {row['error']:.2g}")
-        rows.append(row)
-    return rows
-
-
 def profile(replay: Replay) -> list[tuple[str, float, int]]:
     """Kernels of a replay, the dearest first: name, microseconds, launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
@@ -234,11 +198,16 @@ def profile(replay: Replay) -> list[tuple[str, float, int]]:
     return [(event.key[:90], event.device_time_total, event.count) for event in events[:14]]
 
 
-def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, float]:
+def show(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The table and the geometric means; ratios above 1 mean that the plan is faster."""
     means: dict[str, list[float]] = {}
     for name, batch, dtype in dict.fromkeys((row["model"], row["batch"], row["dtype"]) for row in rows):
         mine = {r["who"]: r for r in rows if (r["model"], r["batch"], r["dtype"]) == (name, batch, dtype)}
+        if "trine" not in mine:
+            print(
+                f"{name:13}{batch:3} {dtype:5} " + "  ".join(f"{who} {row['us']:.1f} µs" for who, row in mine.items())
+            )
+            continue
         ours = mine["trine"]["us"]
         line = f"{name:13}{batch:3} {dtype:5} trine {ours:8.1f} µs  err {mine['trine']['error']:.1e}"
         for who, row in mine.items():
@@ -253,9 +222,9 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, floa
             ]
             line += f"  of bf16 {halves[0] / ours:.2f}  cosine {mine['trine']['cosine']:.5f}" if halves else ""
         whole = mine["trine"].get("facts", [{}])[-1].get("whole_ms")
-        print(line + (f"  {whole}" if whole else ""))
+        print(line + (f"  {whole}" if whole else ""), flush=True)
     result = {key: math.exp(sum(map(math.log, values)) / len(values)) for key, values in means.items()}
-    for key, value in result.items():
+    for key, value in result.items() if len(means) and max(map(len, means.values())) > 1 else ():
         print(f"geometric mean against {key}: {value:.3f} over {len(means[key])}, least {min(means[key]):.2f}")
     return result
 
@@ -265,49 +234,215 @@ def belongs(name: str, batch: int, dtype: str, args: argparse.Namespace) -> bool
     return dtype == args.dtype[0] or (name in ("bert_base", "vit_b16") and batch > 1)
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Build every model by everybody, in processes side by side, until `--prepare` seconds are over."""
-    environment = {**os.environ, "PLAN_GPU_LOCK": str(args.folder / "lock"), "OMP_NUM_THREADS": "2",
-                   "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # fmt: skip
-    cases = [(name, batch, dtype) for batch in reversed(args.batch) for name in args.model for dtype in args.dtype]
-    cases = [case for case in cases if belongs(*case, args)]
-    jobs = [(*case, "trine") for case in cases]
-    jobs += [(*case, who) for case in cases for who in args.peer if who != "eager" and case[2] == args.dtype[0]]
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    started = time.monotonic()
-    log = open(args.folder / "prepare.log", "ab")  # noqa: SIM115 (the processes write to it until they end)
-    while (jobs or running) and time.monotonic() - started < args.prepare:
-        while jobs and len(running) < args.processes:
-            name, batch, dtype, who = jobs.pop(0)
-            command = [sys.executable, __file__, "--model", name, "--batch", str(batch), "--dtype", dtype,
-                       "--folder", str(args.folder), "--only", who] + ["--inductor"] * args.inductor  # fmt: skip
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            running.append((f"{name} {batch} {dtype} {who}", process))
-        time.sleep(0.2)
-        for entry in list(running):
-            if entry[1].poll() is not None:
-                running.remove(entry)
-                failed = f": failed ({entry[1].returncode})" if entry[1].returncode else ""
-                print(f"{time.monotonic() - started:6.1f} s  {entry[0]}{failed}")
-                sys.stdout.flush()
-    for label, process in running:
-        print(f"stopped: {label}")
-        process.kill()
-        process.wait()
-    log.close()
+@dataclass
+class Build:
+    """One model, batch and type by plans or a peer, in a process that builds it and then answers lines."""
+
+    name: str
+    batch: int
+    dtype: str
+    who: str
+    process: subprocess.Popen[str] | None = None
+    facts: dict[str, Any] | None = None
+    """What it says when it is built: errors, seconds, choices."""
+    answer: dict[str, Any] | None = None
+    runs: list[float] = field(default_factory=list)
+    done: bool = False
+    """Built, or given up."""
+
+    @property
+    def case(self) -> tuple[str, int, str]:
+        return self.name, self.batch, self.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.batch} {self.dtype} {self.who}"
+
+
+class Bench:
+    """The processes, and what they have said."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.started = args, time.monotonic()
+        self.events: queue.Queue[tuple[Build, dict[str, Any] | None]] = queue.Queue()
+        self.log = open(args.folder / "log", "ab")  # noqa: SIM115 (the processes write to it until they end)
+        cases = [(name, batch, dtype) for batch in reversed(args.batch) for name in args.model for dtype in args.dtype]
+        cases = [case for case in cases if belongs(*case, args)]
+        self.builds = [
+            Build(*case, who) for case in cases for who in ("trine", *(args.peer if case[2] == args.dtype[0] else ()))
+        ]
+
+    def start(self, build: Build) -> None:
+        folder = self.args.folder
+        caches = folder / "inductor" / f"{build.name}_{build.batch}_{build.dtype}_{build.who}"
+        environment = {**os.environ, "PLAN_GPU_LOCK": str(folder / "lock"), "OMP_NUM_THREADS": "2",
+                       "TORCHINDUCTOR_COMPILE_THREADS": str(self.args.threads),
+                       "TORCHINDUCTOR_CACHE_DIR": str(caches)}  # fmt: skip
+        command = [sys.executable, __file__, "--model", build.name, "--batch", str(build.batch), "--dtype", build.dtype,
+                   "--folder", str(folder), "--only", build.who] + ["--inductor"] * self.args.inductor  # fmt: skip
+        if build.who != "trine":
+            environment.pop("TRITON_CACHE_DIR", None)  # Inductor keeps its kernels in its own folder
+            command[:0] = ["nice", "-n", "10"]  # its many compilers must not starve our single one
+        build.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        threading.Thread(target=self._listen, args=(build,), daemon=True).start()
+
+    def _listen(self, build: Build) -> None:
+        assert build.process is not None
+        assert build.process.stdout is not None
+        for line in build.process.stdout:
+            self.events.put((build, json.loads(line)))
+        self.events.put((build, None))
+
+    def stop(self, build: Build) -> None:
+        if build.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(build.process.pid, signal.SIGKILL)  # it, and those that compile for it
+            build.process.wait()
+
+    def hear(self, seconds: float) -> None:
+        """Take in one event, waiting so long."""
+        try:
+            build, said = self.events.get(timeout=seconds)
+        except queue.Empty:
+            return
+        if said is None:
+            self.stop(build)
+            build.process = None
+            build.answer = {}
+            build.done = True
+            print(f"{time.monotonic() - self.started:6.1f} s  {build}: ended", flush=True)
+        elif build.facts is None:
+            build.facts = said
+            build.done = True
+            print(f"{time.monotonic() - self.started:6.1f} s  {build}: {described(said)}", flush=True)
+        else:
+            build.answer = said
+
+    def ask(self, build: Build, what: str) -> dict[str, Any]:
+        """The answer to one line; nothing from a process that has ended."""
+        if build.process is None or build.process.stdin is None:
+            return {}
+        build.answer = None
+        with contextlib.suppress(BrokenPipeError):
+            build.process.stdin.write(what + "\n")
+            build.process.stdin.flush()
+        while build.answer is None:
+            self.hear(1.0)
+        return build.answer
+
+    def alike(self, case: tuple[str, int, str]) -> list[Build]:
+        return [build for build in self.builds if build.case == case]
+
+    def time(self, case: tuple[str, int, str]) -> None:
+        """Time everybody's replays of a case in turns, and print them."""
+        ready = [build for build in self.alike(case) if build.facts is not None and build.process is not None]
+        for build in ready:
+            build.runs = []
+        with exclusive():
+            for _ in range(self.args.rounds):
+                for build in ready:
+                    if took := self.ask(build, f"time {self.args.seconds}").get("us"):
+                        build.runs.append(took)
+        show(self.rows(case))
+
+    def rows(self, case: tuple[str, int, str] | None = None) -> list[dict[str, Any]]:
+        return [
+            {"model": build.name, "batch": build.batch, "dtype": build.dtype, "who": build.who, **(build.facts or {}),
+             "us": statistics.median(build.runs), "runs": build.runs}
+            for build in self.builds if build.runs and case in (None, build.case)
+        ]  # fmt: skip
+
+    def run(self) -> list[dict[str, Any]]:
+        waiting, timed = list(self.builds), set[tuple[str, int, str]]()
+        cases = {build.case for build in self.builds}
+        while time.monotonic() - self.started < self.args.prepare:
+            busy = [build for build in self.builds if build.process is not None and build.facts is None]
+            if not waiting and not busy:
+                break
+            while waiting and len(busy) < self.args.processes:
+                busy.append(waiting.pop(0))
+                self.start(busy[-1])
+            self.hear(0.5)
+            for case in cases - timed:
+                if all(build.done for build in self.alike(case)):
+                    timed.add(case)
+                    self.time(case)
+                    self.write()
+        for build in self.builds:
+            if build.process is not None and build.facts is None:
+                print(f"stopped: {build}", flush=True)
+                self.stop(build)
+                build.process = None
+        print("all once more, alone:")
+        for case in dict.fromkeys(build.case for build in self.builds):
+            self.time(case)
+            self.write()
+        for build in self.builds if self.args.profile else []:
+            if build.facts is not None:
+                build.facts |= self.ask(build, "profile")
+                self.write()
+        return self.rows()
+
+    def write(self) -> None:
+        if self.args.json:
+            self.args.json.write_text(json.dumps(self.rows()))
+
+
+def described(facts: dict[str, Any]) -> str:
+    """What a process says of its build, in a line."""
+    wrong = "" if facts["right"] else "WRONG: "
+    return f"{wrong}built in {facts['seconds']:.1f} s, error {facts['error']:.1e}{facts.get('note', '')}"
 
 
 def only(args: argparse.Namespace) -> None:
-    """One build, for what it leaves in the caches."""
+    """One build: says on standard output when it is done, and answers lines of standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is for the log
+    started = time.monotonic()
     name, batch, dtype = args.model[0], args.batch[0], args.dtype[0]
     measure_alone()
+    facts: dict[str, Any] = {}
     if args.only == "trine":
-        plan(name, batch, dtype, args)
+        runtime, replay, output = plan(name, batch, dtype, args)
+        facts["facts"] = runtime.facts()["points"]
     else:
-        peer(name, batch, DTYPES[dtype], args.only)
-        artifacts = torch.compiler.save_cache_artifacts()
-        if artifacts is not None:
-            (args.folder / f"cache_{name}_{batch}_{dtype}_{args.only}.bin").write_bytes(artifacts[0])
+        replay, output = peer_from_cache(name, batch, dtype, args, facts)
+    replay()
+    torch.cuda.synchronize()
+    wanted = expected(name, batch)
+    facts |= {"error": error(output, wanted), "cosine": cosine(output, wanted), "seconds": time.monotonic() - started}
+    facts["right"] = facts["error"] <= LIMIT[dtype]
+    del wanted
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        what, *rest = line.split()
+        answer = {"us": replay_us(replay, float(rest[0]))} if what == "time" else {"profile": profile(replay)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def peer_from_cache(
+    name: str, batch: int, dtype: str, args: argparse.Namespace, facts: dict[str, Any]
+) -> tuple[Replay, torch.Tensor]:
+    """The peer's build, from what an earlier call found, and kept for the next."""
+    if MODES[args.only] is None:
+        return peer(name, batch, DTYPES[dtype], args.only)
+    from torch._dynamo.utils import counters
+    from torch._inductor.async_compile import AsyncCompile
+
+    path = args.folder / f"cache_{name}_{batch}_{dtype}_{args.only}.bin"
+    if path.exists():
+        torch.compiler.load_cache_artifacts(path.read_bytes())
+    else:
+        AsyncCompile.wait_pool_ready()  # else candidates are compiled by threads of this process
+    result = peer(name, batch, DTYPES[dtype], args.only)
+    hits, misses = (counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss"))
+    facts["note"] = f", graphs from the cache {hits}, new {misses}"
+    artifacts = None if path.exists() and not misses else torch.compiler.save_cache_artifacts()
+    if artifacts is not None:
+        path.write_bytes(artifacts[0])
+    return result
 
 
 def names(text: str) -> list[str]:
@@ -322,9 +457,9 @@ def main() -> int:
     parser.add_argument("--peer", type=names, default=list(MODES), help=",".join(MODES))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/plan_gpu"), help="exported models and caches")
     parser.add_argument("--inductor", action="store_true", help="let plans try TorchInductor over the whole graph")
-    parser.add_argument("--skip-peers", action="store_true", help="build them, but time the plans alone")
     parser.add_argument("--prepare", type=float, default=240, help="seconds for builds side by side")
-    parser.add_argument("--processes", type=int, default=16)
+    parser.add_argument("--processes", type=int, default=16, help="builds at once")
+    parser.add_argument("--threads", type=int, default=8, help="of Inductor's compiler in each")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.02, help="a round")
     parser.add_argument("--profile", action="store_true")
@@ -337,25 +472,14 @@ def main() -> int:
         logging.getLogger("trine.graph.gpu").setLevel(logging.DEBUG)
         only(args)
         return 0
-    if args.prepare:
-        prepare(args)
-    logging.basicConfig()
-    logging.getLogger("trine.graph.gpu").setLevel(logging.DEBUG)
-    for file in args.folder.glob("cache_*.bin"):
-        torch.compiler.load_cache_artifacts(file.read_bytes())
-    rows: list[dict[str, Any]] = []
-    for name in args.model:
-        for batch in args.batch:
-            started = time.monotonic()
-            try:
-                rows += compare(name, batch, args)
-            except Exception as failure:
-                print(f"FAILED: {name} batch {batch}: {str(failure)[:500]}")
-            print(f"  ({name} {batch}: {time.monotonic() - started:.1f} s)")
-            sys.stdout.flush()
-            if args.json:
-                args.json.write_text(json.dumps(rows))
-    means = show(rows, args)
+    bench = Bench(args)
+    os.environ["PLAN_GPU_LOCK"] = str(args.folder / "lock")
+    try:
+        rows = bench.run()
+    finally:
+        for build in bench.builds:
+            bench.stop(build)
+    means = show(rows)
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "means": means}))
     return 0
