@@ -1,7 +1,7 @@
-"""Compiles a Gluon kernel for Hopper, on any machine: python -m tests.kernels.hopper_compiler JSON.
+"""Compiles Gluon kernels for Hopper, on any machine, in one process of its own: the tests' runs Triton's interpreter.
 
-A process of its own, since the tests' own runs Triton's interpreter where there is no GPU. The JSON object names the
-module and the kernel, its constants, and the types of its arguments; "bf16[64, 128]" is a tensor descriptor.
+A request is a line of JSON that names the module and the kernel, its constants, and the types of its arguments;
+"bf16[64, 128]" is a tensor descriptor. The answer is a line with what was wrong, or an empty string.
 """
 
 from __future__ import annotations
@@ -10,26 +10,38 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 
+@cache
+def compiler() -> subprocess.Popen[str]:
+    """The process, which ends with this one's standard input."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.hopper_compiler"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
 def check_compiles(module: str, kernel: str, constants: dict[str, Any], types: dict[str, str]) -> None:
     """AssertionError when the kernel does not compile, or takes more shared memory than a multiprocessor has."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    request = json.dumps({"module": module, "kernel": kernel, "constants": constants, "types": types})
-    command = [sys.executable, "-m", "tests.kernels.hopper_compiler", request]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    process = compiler()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(json.dumps({"module": module, "kernel": kernel, "constants": constants, "types": types}), file=process.stdin)
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer, f"the compiler ended: {process.poll()}"
+    assert not (wrong := json.loads(answer)), wrong
 
 
-def main() -> None:
+def compile_kernel(request: dict[str, Any]) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    request = json.loads(sys.argv[1])
     kernel = getattr(import_module(request["module"]), request["kernel"])
     signature = {}
     for name in kernel.arg_names:
@@ -44,6 +56,18 @@ def main() -> None:
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
     assert "wgmma" in compiled.asm["ptx"]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the compiler prints is no answer
+    for line in sys.stdin:
+        try:
+            compile_kernel(json.loads(line))
+            wrong = ""
+        except Exception:
+            wrong = traceback.format_exc()
+        print(json.dumps(wrong), file=answers, flush=True)
 
 
 if __name__ == "__main__":

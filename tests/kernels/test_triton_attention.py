@@ -126,10 +126,10 @@ def test_counters_are_ready_for_the_next_launch() -> None:
 
 @pytest.mark.parametrize("window", [None, 500])
 def test_spreading_pieces_changes_no_bit(window: int | None) -> None:
-    case = paged_case([1200, 129, 128, 40], [1] * 4, num_heads=4, num_kv_heads=2, head_dim=32, device=DEVICE)
+    case = paged_case([650, 129, 128, 40], [1] * 4, num_heads=2, num_kv_heads=1, head_dim=32, device=DEVICE)
     results = []
     for programs_per_sm in (0, 1, 100):  # one program for all pieces, a few, one a piece
-        out = torch.empty(4, 128, device=DEVICE)
+        out = torch.empty(4, 64, device=DEVICE)
         tuning = DecodeTuning(programs_per_sm=programs_per_sm)
         decode_attention(case.q, case.k_cache, case.v_cache, case.batch, 0.2, window, out, tuning)
         results.append(out)
