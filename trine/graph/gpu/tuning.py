@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ exclusive: Callable[[], AbstractContextManager[Any]] = nullcontext
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 6e-2}
 """Largest error of a candidate, relative to the norm of the float32 result (float32 by TF32 on the matrix units)."""
 _CLOSE = 1.15
+_OURS = ("triton", "hopper", "depthwise")
+"""How names of candidates begin that are compiled when they first run."""
 _LAUNCHES = 24
 
 
@@ -111,6 +115,9 @@ def tune(
     groups: dict[str, list[Node]] = {}
     for node in choices:
         groups.setdefault(problem(node, seen[node], target), []).append(node)
+    if target.cuda:
+        wanted = {nodes[0]: _worth_compiling(nodes[0], cache.times.get(key), target) for key, nodes in groups.items()}
+        _compile_ahead(((node, name) for node, names in wanted.items() for name in names), seen, target, deadline)
     times: dict[Node, dict[str, float]] = {}
     for key, nodes in groups.items():
         found = cache.times.get(key)
@@ -124,6 +131,34 @@ def tune(
         timed = [nodes for nodes in groups.values() if nodes[0] in times]
         _refine(graph, inputs, target, choices, timed, times, deadline)
     return choices, times
+
+
+def _worth_compiling(node: Node, known: Mapping[str, float] | None, target: Target) -> list[str]:
+    """Candidates of ours that will be timed, or, where times are known, tried in the whole graph."""
+    if known is None:
+        candidates = options(node, target)
+        names = list(candidates) if len(candidates) > 1 else []
+    else:
+        least = min(known.values())
+        names = [name for name, taken in known.items() if taken <= least * _CLOSE]
+    return [name for name in names if name.startswith(_OURS)]
+
+
+def _compile_ahead(
+    wanted: Iterable[tuple[Node, str]], seen: Mapping[Node, list[Any]], target: Target, deadline: float
+) -> None:
+    """Run each of these kernels once, several at a time: almost all of it is their compilation, most of which holds no
+    lock of Python's. What fails here fails again where it is reported.
+    """
+
+    def first_run(node: Node, name: str) -> None:
+        if time.monotonic() < deadline:
+            with torch.cuda.device(target.device), torch.inference_mode(), suppress(Exception):
+                options(node, target)[name]()(*seen[node])
+
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16)) as threads:
+        list(threads.map(lambda pair: first_run(*pair), wanted))
+    torch.cuda.synchronize(target.device)
 
 
 def _time_group(nodes: list[Node], given: list[Any], target: Target) -> dict[str, float]:
