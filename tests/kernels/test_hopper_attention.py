@@ -23,12 +23,28 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 def test_compiles(group: int, head_dim: int, block_size: int, has_window: bool) -> None:
     constants = {
         "has_window": has_window, "block_size": block_size, "group": group, "head_dim": head_dim, "kv_block": 128,
-        "stages": 2, "sequences_block": 16, "tokens_block": 128 // group,
+        "stages": 2, "tokens_block": 128 // group,
     }  # fmt: skip
     types = {"scale": "fp32", "q_ptr": "*bf16", "out_ptr": "*bf16"}
-    types |= dict.fromkeys(("block_table_ptr", "seq_lens_ptr", "query_start_ptr"), "*i32")
+    types |= dict.fromkeys(("block_table_ptr", "tiles_ptr"), "*i32")
     types |= dict.fromkeys(("k_desc", "v_desc"), f"bf16[{block_size}, {head_dim}]")
     check_compiles("trine.kernels.triton.hopper_attention", "_hopper_prefill_kernel", constants, types)
+
+
+def test_tiles_come_by_their_keys_and_hold_every_new_token_once() -> None:
+    from trine.kernels.triton.hopper_attention import ordered_tiles
+
+    lengths, new = [40, 5, 100, 47, 1600, 16], [1, 1, 30, 47, 900, 2]
+    batch = paged_case(lengths, new, num_heads=4, num_kv_heads=1, head_dim=16).batch
+    tiles = ordered_tiles(batch, 32).T.tolist()
+    keys = [before + min(first + 32, count) if count else 0 for _, _, count, before, first in tiles]
+    assert keys == sorted(keys, reverse=True)
+    seen = []
+    for sequence, start, count, before, first in tiles:
+        if count:
+            assert (start, count, before) == (sum(new[:sequence]), new[sequence], lengths[sequence] - new[sequence])
+            seen += range(start + first, start + min(first + 32, count))
+    assert sorted(seen) == list(range(batch.num_decodes, sum(new)))
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")

@@ -21,6 +21,7 @@ class PagedBatch(Protocol):
     max_seq_len: int
     output_rows: torch.Tensor | None
     settled: bool
+    prefill_tiles: torch.Tensor | None
 
 
 class PenaltyTable(Protocol):

@@ -24,6 +24,7 @@ class Batch:
                   those R rows alone, or all T
     settled       whether all cache blocks but those of the tokens themselves were written by earlier forward passes, so
                   that they can be read before this one writes
+    prefill_tiles what a kernel of the prompts' attention works out in the first layer, kept for the others
     """
 
     positions: torch.Tensor
@@ -36,6 +37,7 @@ class Batch:
     max_seq_len: int
     output_rows: torch.Tensor | None = None
     settled: bool = False
+    prefill_tiles: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ A graph makes the step's inputs from what the rows of running sequences hold on 
 every row is greedy, chooses the tokens; what changes from step to step comes in as one small copy. It has a fixed
 number of rows; a step is padded up to the next size with sequences of one token in cache block 0, which the engine
 keeps free for that. Lengths and block tables are read on the device, so one graph serves any lengths. A size is
-captured when it has come up often enough to be worth it; until then steps are launched one kernel at a time, and the
-server is ready before any graph is.
+captured when it comes up again; until then steps are launched one kernel at a time, and the server is ready before any
+graph is.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from trine.llm.models.base import CausalLM
 from trine.llm.sampling.upload import PinnedRing
 
 MAX_ROWS = 512
-CAPTURE_AT = 4  # the use of a size at which it is captured: sizes that a batch only passes through are not worth it
+CAPTURE_AT = 2  # the use of a size at which it is captured: it takes as long as a step of single launches
 
 
 def graph_sizes(max_rows: int) -> list[int]:
-    """Numbers of rows that graphs are captured for, ascending; the last one holds `max_rows`, or is MAX_ROWS."""
-    steps = [1, 2, 4, 8, *range(16, 257, 8), *range(288, MAX_ROWS + 1, 32)]
+    """Numbers of rows that graphs are captured for, ascending; the last one holds `max_rows`, or is MAX_ROWS.
+
+    Above 64 rows products take tiles of 64 or more, and attention of a padding row nothing: few sizes cost no time, and
+    a batch that shrinks row by row finds them captured.
+    """
+    steps = [1, 2, 4, 8, 16, 24, 32, 48, 64, *range(96, MAX_ROWS + 1, 32)]
     return [size for index, size in enumerate(steps) if index == 0 or steps[index - 1] < max_rows]
 
 

@@ -5,10 +5,11 @@ group at a time; the exponentials of a block take about as long as its products.
 copy engine for blocks of keys and values, and two groups of four warps hold 64 query rows each and compute: while one
 takes its softmax, the other's products run, and a group's own product with the values runs under its next softmax.
 
-A program is one multiprocessor's share of the tiles, longest first, to and fro, so that shares are even; keys of the
-next tile are fetched while this one ends. Rows, blocks and rounding are those of `prefill_attention`, whose twin this
-is for 16-bit caches: a row's sums depend on nothing but the row. A cache block is fetched whole, so that entries past a
-sequence's end must be finite, which the engine's caches are: zeroed at the start, written by bfloat16 rows since.
+A program is one multiprocessor's share of the tiles: of all sequences those with the most keys first, dealt to and fro,
+so that shares are even. Keys of the next tile are fetched while this one ends. Rows, blocks and rounding are those of
+`prefill_attention`, whose twin this is for 16-bit caches: a row's sums depend on nothing but the row. A cache block is
+fetched whole, so that entries past a sequence's end must be finite, which the engine's caches are: zeroed at the start,
+written by bfloat16 rows since.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from trine.kernels.triton.device import cdiv, num_multiprocessors, sequences_block
+from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.types import PagedBatch
 
 LOG2_E = 1.4426950408889634
@@ -37,16 +38,34 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the nam
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
-@gluon.jit
-def _add(a, b):
-    return a + b
+def ordered_tiles(batch: PagedBatch, tokens_block: int) -> torch.Tensor:
+    """What there is to do in a step, most keys first: int32 [5, tiles], a column a tile of `tokens_block` tokens.
+
+    Rows: the sequence, its first token in the packed order, how many new tokens it has, how many came before, the
+    tile's first among the new ones. The last columns may be of no sequence: 0 new tokens. Lengths are read on the
+    device; all layers of a step share the result.
+    """
+    starts, stops = batch.query_start[batch.num_decodes : -1], batch.query_start[batch.num_decodes + 1 :]
+    counts = stops - starts
+    before = batch.seq_lens[batch.num_decodes :] - counts
+    tiles = (counts + tokens_block - 1) // tokens_block
+    ends = tiles.cumsum(0)
+    # each sequence adds at most one tile that is not full
+    most = cdiv(batch.positions.shape[0] - batch.num_decodes, tokens_block) + counts.shape[0]
+    numbers = torch.arange(most, device=ends.device)
+    found = torch.searchsorted(ends, numbers, right=True)
+    sequence = found.clamp(max=counts.shape[0] - 1)
+    first = (numbers - (ends - tiles)[sequence]) * tokens_block
+    columns = torch.stack([sequence + batch.num_decodes, starts[sequence], counts[sequence], before[sequence], first])
+    columns[2].masked_fill_(found == counts.shape[0], 0)
+    keys = torch.where(columns[2] > 0, columns[3] + torch.minimum(first + tokens_block, columns[2]), 0)
+    return columns[:, keys.argsort(descending=True)].to(torch.int32)
 
 
 @gluon.jit
 def _find_tile(
-    base, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles, window,
-    has_window: gl.constexpr, tokens_block: gl.constexpr, kv_block: gl.constexpr, sequences_block: gl.constexpr,
-    num_warps: gl.constexpr,
+    base, tiles_ptr, num_tiles, num_kv_heads, window,
+    has_window: gl.constexpr, tokens_block: gl.constexpr, kv_block: gl.constexpr,
 ):  # fmt: skip
     """This program's tile of the round that starts at item `base`: sequence, head, first query and where keys lie.
 
@@ -56,23 +75,17 @@ def _find_tile(
     place = gl.program_id(0)
     item = base + gl.where((base // programs) % 2 == 1, programs - 1 - place, place)
     head = item % num_kv_heads
-    tile = num_tiles - 1 - item // num_kv_heads  # late tiles have the most keys: they start first
-    each: gl.constexpr = max(sequences_block // 32, 1)
-    sequences = gl.arange(0, sequences_block, gl.BlockedLayout([each], [32], [num_warps], [0]))
-    in_batch = sequences < num_sequences
-    starts = gl.load(query_start_ptr + first_sequence + sequences, mask=in_batch, other=0)
-    stops = gl.load(query_start_ptr + first_sequence + sequences + 1, mask=in_batch, other=0)
-    ends = gl.associative_scan((stops - starts + tokens_block - 1) // tokens_block, 0, _add)
-    exists = (tile >= 0) & (tile < gl.max(ends, 0))
-    behind = ends <= tile
-    sequence = first_sequence + gl.minimum(gl.sum(behind.to(gl.int32), 0), num_sequences - 1)
-    first = (tile - gl.max(gl.where(behind, ends, 0), 0)) * tokens_block
-    query_start = gl.load(query_start_ptr + sequence)
-    num_queries = gl.load(query_start_ptr + sequence + 1) - query_start
-    num_before = gl.load(seq_lens_ptr + sequence) - num_queries
+    exists = item < num_tiles * num_kv_heads
+    tile_ptr = tiles_ptr + gl.where(exists, item // num_kv_heads, 0)
+    sequence = gl.load(tile_ptr)
+    query_start = gl.load(tile_ptr + num_tiles)
+    num_queries = gl.load(tile_ptr + 2 * num_tiles)
+    num_before = gl.load(tile_ptr + 3 * num_tiles)
+    first = gl.load(tile_ptr + 4 * num_tiles)
     start = 0
     if has_window:
         start = gl.maximum(num_before + first - window + 1, 0) // kv_block * kv_block
+    exists = exists & (num_queries > 0)
     stop = gl.where(exists, num_before + gl.minimum(first + tokens_block, num_queries), 0)
     return sequence, head, query_start, first, num_queries, num_before, start, stop
 
@@ -106,19 +119,17 @@ def _block_numbers(
 @gluon.jit
 def _fetch_tiles(
     k_desc, v_desc, k_smem, v_smem, k_ready, v_ready, k_empty, v_empty,
-    block_table_ptr, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles, window,
-    table_stride,
+    block_table_ptr, tiles_ptr, num_tiles, num_kv_heads, window, table_stride,
     has_window: gl.constexpr, block_size: gl.constexpr, kv_block: gl.constexpr, tokens_block: gl.constexpr,
-    sequences_block: gl.constexpr, stages: gl.constexpr,
+    stages: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: keys and values of all tiles of this program, in order."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     step = 0
     for base in range(0, num_tiles * num_kv_heads, gl.num_programs(0)):
         sequence, head, _query_start, _first, _num_queries, _num_before, start, stop = _find_tile(
-            base, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles, window,
-            has_window, tokens_block, kv_block, sequences_block, 1,
-        )  # fmt: skip
+            base, tiles_ptr, num_tiles, num_kv_heads, window, has_window, tokens_block, kv_block
+        )
         table_row_ptr = block_table_ptr + sequence.to(gl.int64) * table_stride
         blocks = _block_numbers(table_row_ptr, start, stop, block_size, kv_block, layout)
         for position in range(start, stop, kv_block):
@@ -212,10 +223,9 @@ def _query_rows(
 @gluon.jit
 def _attend_tiles(
     group_id: gl.constexpr, q_smem, k_smem, v_smem, k_ready, v_ready, k_empty, v_empty, turns,
-    q_ptr, out_ptr, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles, window,
-    scale,
+    q_ptr, out_ptr, tiles_ptr, num_tiles, num_kv_heads, window, scale,
     has_window: gl.constexpr, group: gl.constexpr, head_dim: gl.constexpr, kv_block: gl.constexpr,
-    tokens_block: gl.constexpr, sequences_block: gl.constexpr, stages: gl.constexpr,
+    tokens_block: gl.constexpr, stages: gl.constexpr,
 ):  # fmt: skip
     """A computing group of warps: its 64 rows of every tile of this program."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kv_block, 16])
@@ -224,9 +234,8 @@ def _attend_tiles(
     step = 0
     turn = 0
     _sequence, head, query_start, first, num_queries, num_before, start, stop = _find_tile(
-        0, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles, window,
-        has_window, tokens_block, kv_block, sequences_block, 4,
-    )  # fmt: skip
+        0, tiles_ptr, num_tiles, num_kv_heads, window, has_window, tokens_block, kv_block
+    )
     offsets, present = _query_rows(
         group_id, query_start, first, num_queries, head, num_kv_heads, group, head_dim, tokens_block, row_layout
     )
@@ -282,9 +291,8 @@ def _attend_tiles(
         out_present = out_present & (stop > start)
         # the next tile's queries come while this one's results leave, by way of the buffer that both use
         _sequence, head, query_start, first, num_queries, num_before, start, stop = _find_tile(
-            base + gl.num_programs(0), query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads,
-            num_tiles, window, has_window, tokens_block, kv_block, sequences_block, 4,
-        )  # fmt: skip
+            base + gl.num_programs(0), tiles_ptr, num_tiles, num_kv_heads, window, has_window, tokens_block, kv_block
+        )
         offsets, present = _query_rows(
             group_id, query_start, first, num_queries, head, num_kv_heads, group, head_dim, tokens_block, row_layout
         )
@@ -294,12 +302,11 @@ def _attend_tiles(
         gl.store(out_ptr + out_offsets, q_smem.load(row_layout), mask=out_present)
 
 
-@gluon.jit(do_not_specialize=["first_sequence", "num_sequences", "num_tiles", "window", "table_stride"])
+@gluon.jit(do_not_specialize=["num_tiles", "window", "table_stride"])
 def _hopper_prefill_kernel(
-    q_ptr, k_desc, v_desc, block_table_ptr, seq_lens_ptr, query_start_ptr, out_ptr,
-    first_sequence, num_sequences, num_kv_heads, num_tiles, window, scale, table_stride,
+    q_ptr, k_desc, v_desc, block_table_ptr, tiles_ptr, out_ptr, num_tiles, num_kv_heads, window, scale, table_stride,
     has_window: gl.constexpr, block_size: gl.constexpr, group: gl.constexpr, head_dim: gl.constexpr,
-    kv_block: gl.constexpr, tokens_block: gl.constexpr, sequences_block: gl.constexpr, stages: gl.constexpr,
+    kv_block: gl.constexpr, tokens_block: gl.constexpr, stages: gl.constexpr,
 ):  # fmt: skip
     kv_layout: gl.constexpr = k_desc.layout
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [stages, kv_block, head_dim], kv_layout)
@@ -323,18 +330,18 @@ def _hopper_prefill_kernel(
         [
             (_attend_tiles, (
                 0, q_smem.index(0), k_smem, v_smem, k_ready, v_ready, k_empty, v_empty, turns,
-                q_ptr, out_ptr, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles,
-                window, scale, has_window, group, head_dim, kv_block, tokens_block, sequences_block, stages,
+                q_ptr, out_ptr, tiles_ptr, num_tiles, num_kv_heads, window, scale,
+                has_window, group, head_dim, kv_block, tokens_block, stages,
             )),
             (_attend_tiles, (
                 1, q_smem.index(1), k_smem, v_smem, k_ready, v_ready, k_empty, v_empty, turns,
-                q_ptr, out_ptr, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles,
-                window, scale, has_window, group, head_dim, kv_block, tokens_block, sequences_block, stages,
+                q_ptr, out_ptr, tiles_ptr, num_tiles, num_kv_heads, window, scale,
+                has_window, group, head_dim, kv_block, tokens_block, stages,
             )),
             (_fetch_tiles, (
                 k_desc, v_desc, k_smem, v_smem, k_ready, v_ready, k_empty, v_empty,
-                block_table_ptr, query_start_ptr, seq_lens_ptr, first_sequence, num_sequences, num_kv_heads, num_tiles,
-                window, table_stride, has_window, block_size, kv_block, tokens_block, sequences_block, stages,
+                block_table_ptr, tiles_ptr, num_tiles, num_kv_heads, window, table_stride,
+                has_window, block_size, kv_block, tokens_block, stages,
             )),
         ],
         [4, 1],
@@ -364,13 +371,13 @@ def hopper_prefill_attention(
     out: torch.Tensor,
 ) -> None:
     """Attention of the rows of q [T, Hq, D] from `batch.num_decodes` on, into those of out [T, Hq * D]."""
-    num_tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     tokens_block = ROWS // group
-    num_sequences = batch.seq_lens.shape[0] - batch.num_decodes
-    # each sequence adds at most one tile that is not full
-    num_tiles = cdiv(num_tokens - batch.num_decodes, tokens_block) + num_sequences
+    if batch.prefill_tiles is None:
+        batch.prefill_tiles = ordered_tiles(batch, tokens_block)
+    num_tiles = batch.prefill_tiles.shape[1]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     shape = [num_blocks * num_kv_heads * block_size, head_dim]
     descriptors = [
@@ -380,13 +387,10 @@ def hopper_prefill_attention(
         q,
         *descriptors,
         batch.block_table,
-        batch.seq_lens,
-        batch.query_start,
+        batch.prefill_tiles,
         out,
-        batch.num_decodes,
-        num_sequences,
-        num_kv_heads,
         num_tiles,
+        num_kv_heads,
         sliding_window or 0,
         scale * LOG2_E,
         batch.block_table.stride(0),
@@ -396,7 +400,6 @@ def hopper_prefill_attention(
         head_dim=head_dim,
         kv_block=KV_BLOCK,
         tokens_block=tokens_block,
-        sequences_block=sequences_block(num_sequences),
         stages=STAGES,
         num_warps=4,
     )
