@@ -202,6 +202,8 @@ def thresholds(
     Tokens without weight count for nothing here: where top_k asks for them too, the result is -25, which keeps all that
     have some.
     """
+    # The sampler's are columns of one table: the kernel counts in elements of a row of its own.
+    top_k, top_p, min_z = (None if column is None else column.contiguous() for column in (top_k, top_p, min_z))
     limit = torch.empty((z.shape[0], 1), dtype=torch.float32, device=z.device)
     if z.shape[0]:
         _threshold_kernel[(z.shape[0],)](
