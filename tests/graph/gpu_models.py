@@ -63,14 +63,17 @@ class Images(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         self.depth = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.ReLU6())
         self.point = nn.Conv2d(16, 16, 1)
-        self.up = nn.ConvTranspose2d(16, 8, 2, 2)
-        self.last = nn.Linear(24, 5)
+        self.up, self.wide = nn.ConvTranspose2d(16, 8, 2, 2), nn.ConvTranspose2d(16, 8, 2, 2)
+        self.last = nn.Linear(40, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(self.patch(x))
+        patches = self.patch(x)
+        x = self.stem(patches)
         x = torch.relu(x + self.point(self.depth(x)))
         small = nn.functional.max_pool2d(x, 3, 2, 1)
-        return self.last(torch.cat([small.mean((2, 3)), self.up(x).mean((2, 3))], 1))
+        joined = torch.cat([self.wide(x), patches], 1)
+        means = [image.mean((2, 3)) for image in (small, self.up(x), joined)]
+        return self.last(torch.cat(means, 1))
 
 
 def graph_of(module: nn.Module, *inputs: torch.Tensor, open_batch: bool = False) -> Graph:

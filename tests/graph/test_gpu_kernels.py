@@ -102,6 +102,17 @@ def test_transposed_convolution_whose_windows_do_not_overlap() -> None:
     assert_near(convolution.spread_linear(x, rows, bias, 2, Tile(16, 16, 16)), expected)
 
 
+def test_an_image_made_of_two() -> None:
+    """A spread product and a copy write to their channels of one image."""
+    x, rows, other = image(2, 24, 4, 3), randn(4 * 12, 24, seed=1), image(2, 20, 8, 6)
+    y = image(2, 32, 8, 6)
+    part = convolution.spread_linear(x, rows, None, 2, Tile(16, 16, 16), y[:, 20:])
+    window.copy_image(other, y[:, :20])
+    assert torch.equal(y[:, :20], other)
+    assert torch.equal(part, convolution.spread_linear(x, rows, None, 2, Tile(16, 16, 16)))
+    assert part.data_ptr() == y[:, 20:].data_ptr()
+
+
 def test_pooling_and_what_follows_a_convolution() -> None:
     x, bias = image(2, 24, 9, 7), randn(24, seed=2)
     expected = F.max_pool2d(x.float(), 3, 2, 1)

@@ -57,6 +57,21 @@ def test_images() -> None:
     assert ops["ConvTranspose"] == 1
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_transposed_convolution_writes_into_the_joined_image(first: bool) -> None:
+    nodes = [
+        node("ConvTranspose", "x w b", "up", strides=[2, 2]),
+        node("Relu", "skip", "other"),
+        node("Concat", "up other" if first else "other up", "y", axis=1),
+    ]
+    arrays = {"w": weights(4, 3, 2, 2), "b": weights(3)}
+    graph = import_model(model(nodes, {"x": [2, 4, 3, 5], "skip": [2, 6, 6, 10]}, ["y"], arrays))
+    optimise(graph)
+    result, ops = lowered(graph, torch.randn(2, 4, 3, 5), torch.randn(2, 6, 6, 10))
+    assert (ops["SpreadConcat"], ops["Concat"], ops["ConvTranspose"]) == (1, 0, 0)
+    assert result.nodes[-1].output.shape == (2, 9, 6, 10)
+
+
 def test_open_dimensions_must_be_named() -> None:
     graph = graph_of(Encoder(False), *encoder_inputs(), open_batch=True)
     with pytest.raises(InputError, match="open dimensions"):

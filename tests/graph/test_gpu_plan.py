@@ -13,7 +13,7 @@ import trine.graph as tg
 from tests.graph.gpu_models import Encoder, Images, encoder_inputs, graph_of
 from tests.graph.models import model, node, weights
 from trine.core.errors import ConfigurationError
-from trine.graph.gpu import PRECISIONS, GpuRuntime, inductor, tactics, tuning
+from trine.graph.gpu import PRECISIONS, GpuRuntime, inductor, spread, tactics, tuning
 from trine.graph.gpu.api import GpuPlan, build
 from trine.graph.gpu.lowering import lower
 from trine.graph.gpu.program import DeviceProgram
@@ -61,8 +61,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One small tile of each kind, launched once: the interpreter is slow."""
     for name in ("_SPLIT_TILES", "_CONV_SPLIT_TILES"):
         monkeypatch.setattr(tactics, name, ("32x32x32w4s3k2",))
-    for name in ("_FEW_ROWS", "_SOME_ROWS", "_CONV_TILES", "_CONV_FEW_ROWS", "_CONV_FEW_CHANNELS", "_SPREAD_TILES"):
+    for name in ("_FEW_ROWS", "_SOME_ROWS", "_CONV_TILES", "_CONV_FEW_ROWS", "_CONV_FEW_CHANNELS"):
         monkeypatch.setattr(tactics, name, ("32x32x32w4s3",))
+    monkeypatch.setattr(spread, "_TILES", ("32x32x32w4s3",))
     monkeypatch.setattr(tuning, "_LAUNCHES", 1)
 
 
@@ -131,7 +132,7 @@ def test_choices_survive_the_plan_file(tmp_path: Path) -> None:
     assert isinstance(loaded, GpuPlan)
     assert loaded.runtime.points == plan.runtime.points
     (point,) = plan.runtime.points.values()
-    assert len(point.choices) == 7
+    assert len(point.choices) == 8
     layers = {layer["op"]: layer for layer in plan.inspect()["layers"]}
     assert layers["MaxPool"]["tactic"] in layers["MaxPool"]["times_ms"]
     loaded.run(named(graph, x))

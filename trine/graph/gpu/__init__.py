@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from trine.graph.gpu import tactics
+from trine.graph.gpu import spread, tactics
 from trine.graph.gpu.plan import PRECISIONS, GpuRuntime, device
 
 __all__ = ["PRECISIONS", "GpuRuntime", "device"]
 
-_MODULES = (tactics,)
+_MODULES = (tactics, spread)
 """Fills the table of candidates."""

@@ -23,7 +23,7 @@ NARROW = frozenset({
     "LeakyRelu", "Less", "LessOrEqual", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Not", "Or", "PRelu",
     "Pad", "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "SpaceToDepth", "Split", "Squeeze", "Sub", "Swish",
     "Tanh", "Tile", "Transpose", "Unsqueeze", "Where", "Xor", "ScaledDotProductAttention", "HeadsAttention",
-    "Linear", "FusedConv", "ConvTranspose",
+    "Linear", "FusedConv", "ConvTranspose", "SpreadConcat",
 })  # fmt: skip
 """Operators that compute in the target's type; all others get float32."""
 

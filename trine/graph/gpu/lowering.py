@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from trine.graph.errors import InputError
 from trine.graph.gpu import operators  # noqa: F401 (fills the table of operators)
+from trine.graph.gpu.spread import join_spread
 from trine.graph.ir import Graph, Node, Value, constant
 from trine.graph.passes.cleanup import merge_common_subexpressions, remove_dead_nodes
 from trine.graph.passes.constants import fold_constants
@@ -24,7 +25,7 @@ def lower(graph: Graph, shapes: Shapes) -> Graph:
             value.shape = tuple(shapes[value.name])
     for run in (infer_shapes, fold_constants, simplify, merge_common_subexpressions, remove_dead_nodes, infer_shapes):
         run(lowered)
-    for run in (narrow_masks, fuse_heads, add_constants_once, fuse_add_norm, remove_dead_nodes):
+    for run in (narrow_masks, fuse_heads, add_constants_once, fuse_add_norm, join_spread, remove_dead_nodes):
         run(lowered)
     lowered.verify()
     return lowered

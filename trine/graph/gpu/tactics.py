@@ -362,7 +362,6 @@ _CONV_TILES = (
 _CONV_FEW_ROWS = ("16x32x128w4s4", "32x32x128w4s4", "64x32x128w4s4")
 _CONV_SPLIT_TILES = ("64x32x64w4s4k4", "64x64x64w4s4k8", "32x64x64w4s4k8", "64x32x128w4s4k2")
 _CONV_FEW_CHANNELS = ("128x32x32w4s3", "64x64x32w4s3", "128x64x32w8s3", "128x64x16w4s4")
-_SPREAD_TILES = ("128x64x64w4s3", "128x128x64w8s3", "64x64x64w4s4", "128x128x32w8s3")
 
 
 @options_for("FusedConv")
@@ -417,41 +416,6 @@ def triton_convolution(node: Node, target: Target) -> Options:
     elif a["group"] == filters and channels == 1 and _shape(node.inputs[0])[1] == filters:
         for block in ((16, 32), (32, 64), (64, 32), (8, 64), (16, 128)):
             yield f"depthwise_{block[0]}x{block[1]}", partial(make_depthwise, block)
-
-
-@options_for("ConvTranspose")
-def transposed(node: Node, target: Target) -> Options:
-    """cuDNN, or, where windows do not overlap, one product whose columns are spread over the output."""
-    a, weight = node.attributes, node.inputs[1]
-    pads = a.get("pads") or [0, 0, 0, 0]
-    plain = a.get("auto_pad", "NOTSET") == "NOTSET" and not a.get("output_shape") and pads[:2] == pads[2:]
-    if weight is None or weight.rank != 4 or not constant_inputs(node, 1, 2) or not plain or min(pads) < 0:
-        return
-    strides, dilations = a.get("strides") or [1, 1], a.get("dilations") or [1, 1]
-    extra, group = a.get("output_padding") or [0, 0], a.get("group", 1)
-    if any(extra[i] >= max(strides[i], dilations[i]) for i in range(2)):
-        return
-
-    def make() -> Kernel:
-        data, bias = target.constant(weight, "image", image), target.optional(node.input(2))
-        return lambda x, w=None, b=None: F.conv_transpose2d(
-            image(x), data, bias, strides, pads[:2], extra, group, dilations
-        )
-
-    def make_spread(text: str) -> Kernel:
-        from trine.graph.gpu.kernels.convolution import spread_linear
-
-        # [C, F, s, s] to rows (vertical, horizontal, filter) of C numbers
-        data = target.constant(weight, "spread", lambda w: w.permute(2, 3, 1, 0).flatten(0, 2).contiguous())
-        bias, chosen = target.optional(node.input(2)), tile(text)
-        return lambda x, w=None, b=None: spread_linear(image(x), data, bias, strides[0], chosen)
-
-    yield "torch", make
-    kernel = list(_shape(weight)[2:])
-    apart = kernel == strides and strides[0] == strides[1] and dilations == [1, 1] and not any(pads) and not any(extra)
-    if target.products and apart and group == 1:
-        for text in _SPREAD_TILES:
-            yield f"triton_{text}", partial(make_spread, text)
 
 
 # ---------------------------------------------------------------- pooling

@@ -58,7 +58,7 @@ class Window:
 
 @triton.jit
 def _write(
-    acc, scales_ptr, bias_ptr, residual_ptr, y_ptr, m, n, rows, filters, out_width, x_scale, inverse_scale,
+    acc, scales_ptr, bias_ptr, residual_ptr, y_ptr, m, n, rows, filters, out_width, pitch, x_scale, inverse_scale,
     spread: tl.constexpr, has_scales: tl.constexpr, has_bias: tl.constexpr, has_residual: tl.constexpr,
     has_rounded: tl.constexpr, activation: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _write(
             acc += tl.load(bias_ptr + n % outputs, mask=column_there, other=0.0).to(tl.float32)[None, :]
         line = m // out_width * spread
         at = (line.to(tl.int64)[:, None] + (part // spread)[None, :]) * out_width * spread
-        at = (at + (m % out_width * spread)[:, None] + (part % spread)[None, :]) * outputs + (n % outputs)[None, :]
+        at = (at + (m % out_width * spread)[:, None] + (part % spread)[None, :]) * pitch + (n % outputs)[None, :]
     else:
         if has_bias:
             acc += tl.load(bias_ptr + n, mask=column_there, other=0.0).to(tl.float32)[None, :]
@@ -90,7 +90,7 @@ def _write(
 @triton.jit
 def _product_kernel(
     x_ptr, w_ptr, scales_ptr, bias_ptr, residual_ptr, y_ptr, parts_ptr, arrivals_ptr,
-    rows, filters, channels, inner_size, height, width, out_height, out_width, x_scale, inverse_scale,
+    rows, filters, channels, inner_size, height, width, out_height, out_width, pitch, x_scale, inverse_scale,
     kernel_h: tl.constexpr, kernel_w: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
     pad_h: tl.constexpr, pad_w: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
     plain: tl.constexpr, flat: tl.constexpr, even: tl.constexpr, spread: tl.constexpr,
@@ -104,7 +104,8 @@ def _product_kernel(
     plain   one tap, step 1: rows of x are rows of the product
     flat    few channels: the inner dimension runs over taps and channels at once
     even    the inner block divides the channels
-    spread  columns are (vertical, horizontal, filter) of the `spread`² output pixels that a row makes
+    spread  columns are (vertical, horizontal, filter) of the `spread`² output pixels that a row makes, whose channels
+            lie `pitch` apart from the next pixel's
     """
     program = tl.program_id(0)
     row_tiles = tl.cdiv(rows, row_block)
@@ -171,8 +172,8 @@ def _product_kernel(
                 acc = tl.dot(x, w, acc)
     if splits == 1:
         _write(
-            acc, scales_ptr, bias_ptr, residual_ptr, y_ptr, m, n, rows, filters, out_width, x_scale, inverse_scale,
-            spread, has_scales, has_bias, has_residual, has_rounded, activation,
+            acc, scales_ptr, bias_ptr, residual_ptr, y_ptr, m, n, rows, filters, out_width, pitch, x_scale,
+            inverse_scale, spread, has_scales, has_bias, has_residual, has_rounded, activation,
         )  # fmt: skip
     else:
         inside = tl.arange(0, row_block)[:, None] * column_block + tl.arange(0, column_block)[None, :]
@@ -185,8 +186,8 @@ def _product_kernel(
                 acc += tl.load(parts + part * (row_block * column_block), cache_modifier=".cg")
             tl.store(arrivals_ptr + program, 0)
             _write(
-                acc, scales_ptr, bias_ptr, residual_ptr, y_ptr, m, n, rows, filters, out_width, x_scale, inverse_scale,
-                spread, has_scales, has_bias, has_residual, has_rounded, activation,
+                acc, scales_ptr, bias_ptr, residual_ptr, y_ptr, m, n, rows, filters, out_width, pitch, x_scale,
+                inverse_scale, spread, has_scales, has_bias, has_residual, has_rounded, activation,
             )  # fmt: skip
 
 
@@ -206,7 +207,8 @@ def _launch(
         parts = torch.empty(tiles * splits * tile.rows * tile.columns, dtype=torch.float32, device=x.device)
     grid = (tiles, splits)
     _product_kernel[grid](
-        x, weight, scales, bias, residual, y, parts, arrivals, rows, filters, channels, inner_size, *sizes, x_scale,
+        x, weight, scales, bias, residual, y, parts, arrivals, rows, filters, channels, inner_size, *sizes,
+        y.stride(-1) if spread > 1 else filters, x_scale,
         1.0 / out_scale if out_scale else 0.0,
         *window.kernel, *window.strides, *window.pads, *window.dilations,
         plain=plain, flat=flat, even=channels % tile.inner == 0, spread=spread,
@@ -274,12 +276,19 @@ def convolution(
 
 
 def spread_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, spread: int, tile: Tile
-) -> torch.Tensor:
-    """Transposed convolution whose steps equal its kernel, `spread`: weight [spread² F, C], by place, then filter."""
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, spread: int, tile: Tile,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Transposed convolution whose steps equal its kernel, `spread`: weight [spread² F, C], by place, then filter.
+
+    `out` may be some channels of a larger image [N, G, H spread, W spread], channels innermost.
+    """
     n, channels, height, width = x.shape
     filters = weight.shape[0] // spread**2
-    y = torch.empty((n, height * spread, width * spread, filters), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
+    y = out
+    if y is None:
+        y = torch.empty((n, height * spread, width * spread, filters), dtype=x.dtype, device=x.device)
+        y = y.permute(0, 3, 1, 2)
     if y.numel():
         sizes = (height, width, height, width)
         _launch(

@@ -152,3 +152,27 @@ def finish_image(
             activation=place(activation, y.is_cuda), block=1024, num_warps=4, **early_launch(y.device),
         )  # fmt: skip
     return y
+
+
+@triton.jit
+def _copy_kernel(
+    x_ptr, y_ptr, pixels, channels, pitch, pixel_block: tl.constexpr, channel_block: tl.constexpr, early: tl.constexpr
+):
+    wait_for_inputs(early)
+    p = tl.program_id(0).to(tl.int64) * pixel_block + tl.arange(0, pixel_block)[:, None]
+    for start in range(0, channels, channel_block):
+        c = start + tl.arange(0, channel_block)[None, :]
+        there = (p < pixels) & (c < channels)
+        tl.store(y_ptr + p * pitch + c, tl.load(x_ptr + p * channels + c, mask=there), mask=there)
+
+
+def copy_image(x: torch.Tensor, y: torch.Tensor) -> None:
+    """x [N, C, H, W] to y, which may be some channels of a larger image; channels of both are innermost."""
+    n, channels, height, width = x.shape
+    pixels, block = n * height * width, min(triton.next_power_of_2(channels), 128)
+    if x.numel():
+        pixel_block = 4096 // block
+        _copy_kernel[(triton.cdiv(pixels, pixel_block),)](
+            x, y, pixels, channels, y.stride(-1), pixel_block=pixel_block, channel_block=block, num_warps=4,
+            **early_launch(x.device),
+        )  # fmt: skip
