@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -280,7 +281,9 @@ class Bench:
         command = [sys.executable, __file__, "--model", build.name, "--batch", str(build.batch), "--dtype", build.dtype,
                    "--folder", str(folder), "--only", build.who] + ["--inductor"] * self.args.inductor  # fmt: skip
         if build.who != "trine":
-            environment.pop("TRITON_CACHE_DIR", None)  # Inductor keeps its kernels in its own folder
+            # named for all of Inductor's processes: what its compilers make is then found by the one that measures
+            library = Path(triton.__file__).parent / "backends" / "nvidia" / "lib" / "libdevice.10.bc"
+            environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TRITON_LIBDEVICE_PATH": str(library)}
         build.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             start_new_session=True,
