@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 import random
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import save_checkpoint
 from trine import LLM, AsyncLLM, GuidedParams, SamplingParams
@@ -99,6 +102,26 @@ def test_async_loop_equals_sync_loop(llm: LLM, sync_llm: LLM) -> None:
 @pytest.mark.slow
 def test_async_loop_equals_sync_loop_500(llm: LLM, sync_llm: LLM) -> None:
     compare_loops(llm, sync_llm, range(40, 540))
+
+
+def test_numbers_that_are_not_finite_leave_nothing_behind(tmp_path: Path) -> None:
+    """A token whose embedding is NaN: its request fails, and the blocks that it filled are zero for the next one."""
+    save_checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone()
+    embedding[35] = math.nan
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with LLM(tmp_path, **SMALL) as llm:
+        expected = ids(llm.generate("a healthy prompt", GREEDY)[0])
+        with pytest.raises(RequestError, match="NaN"):
+            llm.generate({"prompt_token_ids": [35] * 40}, GREEDY)
+        assert ids(llm.generate("a healthy prompt", GREEDY)[0]) == expected
+        cache = llm._core._executor._worker._cache  # type: ignore[attr-defined]
+        assert all(bool(tensor.isfinite().all()) for pair in cache for tensor in pair)
+        llm.check()
 
 
 def test_preemption_does_not_change_tokens(checkpoint: Path, llm: LLM) -> None:

@@ -284,3 +284,8 @@ def test_nan_ends_the_sequence_with_an_error() -> None:
     assert output.finish_reason == "error"
     assert output.error is not None
     assert "NaN" in output.error
+    (block,) = step.new_blocks[0].block_ids
+    scheduler.add(request(1, [2, 3], 5), 0.0)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert step.spoiled_blocks == [block]

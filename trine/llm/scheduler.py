@@ -69,7 +69,8 @@ class Step:
     Entry i computes `counts[i]` tokens from position `starts[i]` of the sequence in row `rows[i]`. `tokens[i]` are
     their ids, or None for the single token that this row sampled last, which only the device needs to know. Entries
     with one token come first (`num_decodes` of them). `sampled` are the entries after which a token is sampled,
-    `guided` the positions in `sampled` whose next token a grammar restricts.
+    `guided` the positions in `sampled` whose next token a grammar restricts. `spoiled_blocks` are to be zeroed first:
+    a sequence whose numbers were not finite left them, and attention may multiply what lies past a sequence's end by 0.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -83,6 +84,7 @@ class Step:
     guided: list[int] = field(default_factory=list)
     prompt_targets: dict[int, list[int]] = field(default_factory=dict)
     cleared_rows: list[int] = field(default_factory=list)
+    spoiled_blocks: list[int] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
     new_blocks: list[NewBlocks] = field(default_factory=list)
 
@@ -103,6 +105,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._cleared_rows: list[int] = []
+        self._spoiled_blocks: list[int] = []
         self._arrivals = 0
         self._ended: list[SequenceOutput] = []
         self._num_deadlines = 0
@@ -166,6 +169,7 @@ class Scheduler:
         if not plan:
             return None
         step.cleared_rows, self._cleared_rows = self._cleared_rows, []
+        step.spoiled_blocks, self._spoiled_blocks = self._spoiled_blocks, []
         self._fill(step, plan)
         self.stats.steps += 1
         return step
@@ -191,6 +195,8 @@ class Scheduler:
             sequence.num_in_flight -= 1
             token = tokens[position]
             if token < 0:
+                self._spoiled_blocks += self.pool.discard(sequence.block_ids)
+                sequence.block_ids = []
                 self._finish(sequence, "error")
                 why = "no token can be sampled: the logits hold NaN or infinity"
                 if sequence.grammar is not None:

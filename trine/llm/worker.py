@@ -60,7 +60,8 @@ class Worker:
         self._chosen: torch.Tensor | None = None
         self._ends: np.ndarray[Any, np.dtype[np.int32]] = np.zeros(0, dtype=np.int32)
         self._decoder = self._graphs() if device.type == "cuda" else None
-        model.bind_cache(allocate_cache(model.cache_specs(), num_blocks, limits.block_size, device))
+        self._cache = allocate_cache(model.cache_specs(), num_blocks, limits.block_size, device)
+        model.bind_cache(self._cache)
 
     def _graphs(self) -> DecodeSteps:
         from trine.llm.decode import DecodeSteps
@@ -128,6 +129,11 @@ class Worker:
     def _update_rows(self, step: Step) -> None:
         for row in step.cleared_rows:
             self.sampler.clear_row(row)
+        if step.spoiled_blocks:
+            blocks = self._to_device(np.array(step.spoiled_blocks, dtype=np.int64))
+            for pair in self._cache:
+                for cache in pair:
+                    cache.view(torch.uint8).index_fill_(0, blocks, 0)  # float8 has no fill of its own
         for new in step.new_rows:
             self.sampler.set_row(
                 new.row,
@@ -216,7 +222,7 @@ def allocate_cache(
     specs: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of every layer: [num_blocks, num_kv_heads, block_size, head_dim]. Zeroed: pages are touched now,
-    not under load, and no kernel ever reads a NaN of somebody else's.
+    not under load, and no kernel ever reads a NaN that lay there before.
     """
     return [
         tuple(  # type: ignore[misc]

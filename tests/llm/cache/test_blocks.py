@@ -47,6 +47,17 @@ def test_shared_blocks_are_free_only_when_the_last_user_is_gone() -> None:
     assert pool.lookup([b"x"]) == blocks
 
 
+def test_discarded_blocks_are_not_found_again() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(3)
+    for block in blocks:
+        pool.name(block, bytes([block]))
+    pool.share(blocks[:1])
+    assert pool.discard(blocks) == blocks[1:], "somebody still uses the first"
+    assert [pool.lookup([bytes([block])]) for block in blocks] == [blocks[:1], [], []]
+    pool.check([blocks[:1]])
+
+
 def test_forget_empties_the_prefix_cache_but_not_blocks_in_use() -> None:
     pool = BlockPool(4)
     kept, dropped = pool.allocate(1), pool.allocate(1)

@@ -79,6 +79,17 @@ class BlockPool:
                 if self._identity[block] is None:
                     self._free.move_to_end(block, last=False)
 
+    def discard(self, blocks: Sequence[int]) -> list[int]:
+        """`release` blocks whose contents nobody may find again: those that are free now, without an identity."""
+        self.release(blocks)
+        free = [block for block in blocks if self._references[block] == 0]
+        for block in free:
+            identity = self._identity[block]
+            if identity is not None:
+                del self._by_identity[identity]
+                self._identity[block] = None
+        return free
+
     def name(self, block: int, identity: bytes) -> None:
         """Give a full block its identity. The first block of an identity keeps it; a twin stays nameless."""
         if self._identity[block] is None and identity not in self._by_identity:
