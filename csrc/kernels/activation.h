@@ -64,6 +64,18 @@ INLINE vf gelu_of(vf x, bool approximate) {
 INLINE vf sigmoid(vf x) { return div(set1(1.0f), add(set1(1.0f), exp_any(sub(zero(), x)))); }
 INLINE vf relu(vf x) { return vmax(zero(), x); }
 
+constexpr float GELU_SHORT[] = {0.398486614f, -0.065324001f, 0.00908080582f, -0.000871875964f, 5.34171086e-05f, -1.85128351e-06f, 2.7339631e-08f};
+
+// For results of 8 bits of mantissa: x times a polynomial for the normal distribution's integral, fitted to the least
+// error of the product (0.0004), exact from 4 on in either direction.
+INLINE vf gelu_short(vf x) {
+    const vf c = clamp(x, -4.0f, 4.0f), u = mul(c, c);
+    vf p = set1(GELU_SHORT[6]);
+    UNROLL
+    for (int i = 5; i >= 0; --i) p = fma(p, u, set1(GELU_SHORT[i]));
+    return mul(x, fma(c, p, set1(0.5f)));
+}
+
 INLINE vf activate(vf x, Activation activation) {
     switch (activation) {
         case RELU: return relu(x);
@@ -76,6 +88,12 @@ INLINE vf activate(vf x, Activation activation) {
         case GELU_TANH: return gelu_of(x, true);
         default: return x;
     }
+}
+
+// To the precision of the type that the result is stored in.
+template <class Out>
+INLINE vf activate_for(vf x, Activation activation) {
+    return sizeof(Out) == 2 && activation == GELU ? gelu_short(x) : activate(x, activation);
 }
 
 }  // namespace TRINE_ISA

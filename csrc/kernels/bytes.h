@@ -42,26 +42,25 @@ INLINE void store_bytes(void* p, vf x, int64_t n, DType dtype, int32_t zero) {
     memcpy(p, buffer, n);
 }
 
-INLINE int64_t size_of(DType dtype) { return dtype == F32 ? 4 : 1; }
+// One row's values at a place, as floats.
+INLINE vf residual_at(const Finish& f, int64_t place, int64_t n) {
+    if (f.residual_dtype == F32) return load_upto(static_cast<const float*>(f.residual) + place, n);
+    if (f.residual_dtype == BF16) return load_upto(static_cast<const bf16*>(f.residual) + place, n);
+    const char* bytes = static_cast<const char*>(f.residual) + place;
+    return mul(bytes_to_float(bytes, n, f.residual_dtype, f.residual_zero), set1(f.residual_scale));
+}
 
 // One row's results at column `column` (counted over all groups) from W sums, of which n exist; `at` counts within the
 // padded scale and bias.
 INLINE void finish_vector(const Finish& f, vf sum, int64_t row, int64_t column, int64_t at, int64_t n) {
     vf y = f.scale ? mul(sum, load(f.scale + at)) : sum;
     if (f.bias) y = add(y, load(f.bias + at));
-    if (f.residual) {
-        const int64_t place = row * f.residual_stride + column;
-        if (f.residual_dtype == F32)
-            y = add(y, load_upto(static_cast<const float*>(f.residual) + place, n));
-        else
-            y = add(y, mul(bytes_to_float(static_cast<const char*>(f.residual) + place, n, f.residual_dtype,
-                                          f.residual_zero),
-                           set1(f.residual_scale)));
-    }
+    if (f.residual) y = add(y, residual_at(f, row * f.residual_stride + column, n));
     y = activate(y, f.activation);
     if (f.columns) y = mul(y, load(f.columns + at));
     const int64_t place = row * f.out_stride + column;
     if (f.out_dtype == F32) return store_upto(static_cast<float*>(f.out) + place, y, n);
+    if (f.out_dtype == BF16) return store_upto(static_cast<bf16*>(f.out) + place, y, n);
     store_bytes(static_cast<char*>(f.out) + place, mul(y, set1(f.out_inverse)), n, f.out_dtype, f.out_zero);
 }
 

@@ -29,6 +29,7 @@ struct ConvArgs {
     int64_t out_pixel, out_row, out_image;
     int64_t residual_pixel, residual_row, residual_image;
     Activation activation;
+    DType dtype;  // of the images: F32; depthwise also BF16
 };
 
 enum PoolKind : int32_t { POOL_MAX = 0, POOL_MEAN = 1, POOL_MEAN_WITH_PADDING = 2 };
@@ -43,6 +44,7 @@ struct PoolArgs {
     int64_t x_pixel, x_row, x_image;
     int64_t out_pixel, out_row, out_image;
     PoolKind kind;
+    DType dtype;  // of both images: F32 or BF16
 };
 
 // Resizing along both axes by tables: output row y is (1 - row_weight[y]) * x[row_low[y]] + row_weight[y] *

@@ -10,7 +10,8 @@ namespace TRINE_ISA {
 
 constexpr int64_t DEPTHWISE_PIXELS = 4;
 
-// Where a task writes: whole rows of the output, channels [first, end).
+// Where a task writes: whole rows of the output, channels [first, end). Images are of T.
+template <class T>
 struct DepthwiseTask {
     const ConvArgs& a;
     bool clamp;
@@ -25,9 +26,16 @@ struct DepthwiseTask {
         ky_end = min(a.kernel_h, top < a.height ? ceil_div(a.height - top, a.dilation_h) : 0);
     }
 
-    float* out(int64_t x) const { return a.out + n * a.out_image + y * a.out_row + x * a.out_pixel; }
-    const float* residual(int64_t x) const {
-        return a.residual ? a.residual + n * a.residual_image + y * a.residual_row + x * a.residual_pixel : nullptr;
+    T* out(int64_t x) const { return reinterpret_cast<T*>(a.out) + n * a.out_image + y * a.out_row + x * a.out_pixel; }
+    const T* image() const { return reinterpret_cast<const T*>(a.x) + n * a.x_image; }
+    const T* residual(int64_t x) const {
+        const int64_t place = n * a.residual_image + y * a.residual_row + x * a.residual_pixel;
+        return a.residual ? reinterpret_cast<const T*>(a.residual) + place : nullptr;
+    }
+    // Of float32, what is no clamp is applied to whole lines (`run`).
+    INLINE vf last(const DepthwiseTask& t, vf x) {
+        if (t.clamp) return clamped(t.a.activation, x);
+        return sizeof(T) == sizeof(float) ? x : activate(x, t.a.activation);
     }
 
     // Of channel c, at the kernel's first place; places are PANEL apart.
@@ -40,7 +48,7 @@ struct DepthwiseTask {
     inline __attribute__((always_inline)) void pixel_channels(int64_t x, int64_t kx_first, int64_t kx_end, int64_t c,
                                                               int64_t count) const {
         const int64_t left = x * a.stride_w - a.pad_left;
-        const auto read = [&](const float* p) { return V > 1 || count >= W ? load(p) : load_first(p, count); };
+        const auto read = [&](const T* p) { return V > 1 || count >= W ? load(p) : load_first(p, count); };
         vf sum[V];
         const float* weights[V];
         UNROLL
@@ -49,19 +57,18 @@ struct DepthwiseTask {
             weights[v] = weight(c + v * W);
         }
         for (int64_t i = ky_first; i < ky_end; ++i) {
-            const float* row = a.x + n * a.x_image + (top + i * a.dilation_h) * a.x_row + left * a.x_pixel + c;
+            const T* row = image() + (top + i * a.dilation_h) * a.x_row + left * a.x_pixel + c;
             for (int64_t j = kx_first; j < kx_end; ++j) UNROLL
             for (int v = 0; v < V; ++v) {
                 const vf value = read(row + j * a.dilation_w * a.x_pixel + v * W);
                 sum[v] = fma(value, load(weights[v] + (i * a.kernel_w + j) * PANEL), sum[v]);
             }
         }
-        const float* added = residual(x);
+        const T* added = residual(x);
         UNROLL
         for (int v = 0; v < V; ++v) {
             if (added) sum[v] = add(sum[v], read(added + c + v * W));
-            const vf y = clamp ? clamped(a.activation, sum[v]) : sum[v];
-            store_upto(out(x) + c + v * W, y, V > 1 ? W : count);
+            store_upto(out(x) + c + v * W, last(*this, sum[v]), V > 1 ? W : count);
         }
     }
 
@@ -79,16 +86,16 @@ struct DepthwiseTask {
     template <int K, int S, int P, bool FULL>
     inline __attribute__((always_inline)) void pixels(int64_t x) const {
         constexpr int COLUMNS = (P - 1) * S + K;
-        const float* from = a.x + n * a.x_image + top * a.x_row + (x * S - a.pad_left) * a.x_pixel + first;
+        const T* from = image() + top * a.x_row + (x * S - a.pad_left) * a.x_pixel + first;
         const int64_t pixel = a.x_pixel, row = a.x_row * a.dilation_h, out_pixel = a.out_pixel;
         const int64_t i_first = FULL ? 0 : ky_first, i_end = FULL ? K : ky_end, added_pixel = a.residual_pixel;
-        const int64_t skip = a.kernel_h * K * PANEL - (PANEL - W), last = end;
+        const int64_t skip = a.kernel_h * K * PANEL - (PANEL - W), c_end = end;
         const bool clamps = clamp, six = a.activation == RELU6;
         const float* weights = weight(first);
         const float* bias = a.bias;
-        const float* added = residual(x);
-        float* to = out(x);
-        for (int64_t c = first; c + W <= last; c += W, from += W) {
+        const T* added = residual(x);
+        T* to = out(x);
+        for (int64_t c = first; c + W <= c_end; c += W, from += W) {
             vf sum[P];
             const vf start = bias ? load(bias + c) : zero();
             UNROLL
@@ -108,6 +115,8 @@ struct DepthwiseTask {
             for (int p = 0; p < P; ++p) sum[p] = add(sum[p], load(added + p * added_pixel + c));
             if (clamps) UNROLL
             for (int p = 0; p < P; ++p) sum[p] = vmin(set1(six ? 6.0f : __builtin_inff()), relu(sum[p]));
+            if (sizeof(T) != sizeof(float) && !clamps) UNROLL
+            for (int p = 0; p < P; ++p) sum[p] = activate(sum[p], a.activation);
             UNROLL
             for (int p = 0; p < P; ++p) store(to + p * out_pixel + c, sum[p]);
             weights += (c + W) % PANEL ? W : skip;
@@ -153,8 +162,9 @@ struct DepthwiseTask {
             row<5, 2>();
         else
             for (int64_t x = 0; x < a.out_width; ++x) pixel(x, first);
-        if (!clamp && a.activation != NO_ACTIVATION)
-            for (int64_t x = 0; x < a.out_width; ++x) activate_row(a.activation, out(x) + first, end - first);
+        if constexpr (sizeof(T) == sizeof(float))
+            if (!clamp && a.activation != NO_ACTIVATION)
+                for (int64_t x = 0; x < a.out_width; ++x) activate_row(a.activation, out(x) + first, end - first);
     }
 };
 
@@ -180,7 +190,10 @@ INLINE void over_lines(int64_t lines, int64_t channels, int64_t work, const Body
 static void depthwise(const ConvArgs& a) {
     const int64_t lines = a.images * a.out_height;
     over_lines(lines, a.groups, lines * a.out_width * a.groups * a.kernel_h * a.kernel_w,
-               [&](int64_t line, int64_t first, int64_t end) { DepthwiseTask(a, line, first, end).run(); });
+               [&](int64_t line, int64_t first, int64_t end) {
+                   a.dtype == BF16 ? DepthwiseTask<bf16>(a, line, first, end).run()
+                                   : DepthwiseTask<float>(a, line, first, end).run();
+               });
 }
 
 }  // namespace TRINE_ISA

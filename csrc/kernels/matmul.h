@@ -96,11 +96,12 @@ static void matmul(const MatmulArgs& args) {
 // softmax(q kᵀ scale + mask) v. Strides are those of [batch, heads, rows, columns], in elements; 0 where broadcast.
 struct GraphAttentionArgs {
     const float *q, *k, *v, *mask;  // mask: null, or broadcast to [batch, heads, queries, keys]
-    float* y;
+    float* y;                       // bf16_attention: q, k and v are bf16, y is of y_dtype
     int64_t q_strides[4], k_strides[4], v_strides[4], mask_strides[4], y_strides[4];
     int64_t batch, heads, queries, keys, size, v_size;
     float scale;
     int32_t guarded;  // 1: a row whose mask hides every key gives zeros, not NaN
+    DType y_dtype;    // F32; bf16_attention: or BF16
 };
 
 // Scores to weights in place, `ldc` apart; what each row's weights must be divided by goes to `total`.

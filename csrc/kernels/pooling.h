@@ -7,9 +7,9 @@ namespace trine {
 namespace TRINE_ISA {
 
 // V vectors of channels from c on, over all `count` addresses of a window; the last one has `channels` left.
-template <bool MAX, int V>
-INLINE void pool_channels(const float* const* window, int64_t count, vf scale, float* out, int64_t c, int64_t channels) {
-    const auto read = [&](const float* p, int v) {
+template <bool MAX, int V, class T>
+INLINE void pool_channels(const T* const* window, int64_t count, vf scale, T* out, int64_t c, int64_t channels) {
+    const auto read = [&](const T* p, int v) {
         return V > 1 || channels >= W ? load(p + v * W) : load_first(p, channels);
     };
     vf value[V];
@@ -25,11 +25,11 @@ INLINE void pool_channels(const float* const* window, int64_t count, vf scale, f
         store_upto(out + c + v * W, MAX ? value[v] : mul(value[v], scale), V > 1 ? W : channels);
 }
 
-template <bool MAX>
+template <bool MAX, class T>
 static void pool_line(const PoolArgs& a, int64_t line, int64_t first, int64_t end) {
     const int64_t n = line / a.out_height, y = line % a.out_height, top = y * a.stride_h - a.pad_top;
-    const float** window =
-        static_cast<const float**>(scratch(SCRATCH_TABLE, a.kernel_h * a.kernel_w * sizeof(float*)));
+    const T** window = static_cast<const T**>(scratch(SCRATCH_TABLE, a.kernel_h * a.kernel_w * sizeof(T*)));
+    const T* image = reinterpret_cast<const T*>(a.x) + n * a.x_image;
     for (int64_t x = 0; x < a.out_width; ++x) {
         const int64_t left = x * a.stride_w - a.pad_left;
         int64_t count = 0, padded = 0;
@@ -41,14 +41,14 @@ static void pool_line(const PoolArgs& a, int64_t line, int64_t first, int64_t en
                 if (column >= a.width + a.pad_right) break;
                 ++padded;
                 if (row >= 0 && row < a.height && column >= 0 && column < a.width)
-                    window[count++] = a.x + n * a.x_image + row * a.x_row + column * a.x_pixel;
+                    window[count++] = image + row * a.x_row + column * a.x_pixel;
             }
         }
         const vf scale = set1(1.0f / float(a.kind == POOL_MEAN ? count : padded));
-        float* out = a.out + n * a.out_image + y * a.out_row + x * a.out_pixel;
+        T* out = reinterpret_cast<T*>(a.out) + n * a.out_image + y * a.out_row + x * a.out_pixel;
         int64_t c = first;
-        for (; c + 4 * W <= end; c += 4 * W) pool_channels<MAX, 4>(window, count, scale, out, c, 4 * W);
-        for (; c < end; c += W) pool_channels<MAX, 1>(window, count, scale, out, c, end - c);
+        for (; c + 4 * W <= end; c += 4 * W) pool_channels<MAX, 4, T>(window, count, scale, out, c, 4 * W);
+        for (; c < end; c += W) pool_channels<MAX, 1, T>(window, count, scale, out, c, end - c);
     }
 }
 
@@ -56,7 +56,11 @@ static void pool(const PoolArgs& a) {
     const int64_t lines = a.images * a.out_height;
     over_lines(lines, a.channels, lines * a.out_width * a.channels * a.kernel_h * a.kernel_w,
                [&](int64_t line, int64_t first, int64_t end) {
-                   a.kind == POOL_MAX ? pool_line<true>(a, line, first, end) : pool_line<false>(a, line, first, end);
+                   const bool narrow = a.dtype == BF16;
+                   if (a.kind == POOL_MAX)
+                       narrow ? pool_line<true, bf16>(a, line, first, end) : pool_line<true, float>(a, line, first, end);
+                   else
+                       narrow ? pool_line<false, bf16>(a, line, first, end) : pool_line<false, float>(a, line, first, end);
                });
 }
 

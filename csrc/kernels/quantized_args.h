@@ -13,7 +13,7 @@ struct Finish {
     const void* residual;  // rows like the result's, or null
     void* out;
     int64_t out_stride, residual_stride;  // elements from row to row
-    DType out_dtype, residual_dtype;      // F32, UINT8, INT8
+    DType out_dtype, residual_dtype;      // F32, BF16, UINT8, INT8
     int32_t out_zero, residual_zero;
     float out_inverse, residual_scale;  // 1 / scale of the result, scale of the residual
     Activation activation;
@@ -25,7 +25,8 @@ struct Finish {
 // weight: [groups][panels][k in steps][16][step], the last panel filled up with zeros, k = (y, x, channel) padded with
 // zeros to `depth`. int8: steps of 4, or of 2 if `wide` (on AVX2: two neighbouring products may not fit 16 bits); bf16:
 // of 2. shares [groups][panels * 16]: the zero point times each filter's sum of weights.
-// Depthwise (channels and filters are 1, groups the channels): see depthwise8.
+// Depthwise (channels and filters are 1, groups the channels): see depthwise8. Planar images and steps between lines are
+// for bf16 on tiles (tile_conv.h).
 struct WindowArgs {
     const void* x;
     const void* weight;
@@ -35,6 +36,9 @@ struct WindowArgs {
     int64_t height, width, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
     int64_t x_pixel, x_row, x_image;
+    int64_t x_channel;   // planar: elements from channel to channel, of `x_channels`; the other `channels` are zeros
+    int64_t x_channels;  // 0: not planar
+    int64_t out_step;    // lines of the result from one written to the next; 0: 1
     DType x_dtype;
     int32_t x_zero;
     int32_t wide;

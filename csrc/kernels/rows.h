@@ -77,21 +77,23 @@ static void softmax(const SoftmaxArgs& args) {
 }
 
 struct RowNormArgs {
-    const float* x;      // [rows, size], contiguous
+    const void* x;       // [rows, size], contiguous
     const float* scale;  // [size], or null
     const float* bias;   // [size], or null
-    float* y;
+    void* y;
     int64_t rows, size;
     float epsilon;
     int32_t rms;  // 1: no mean is taken off
+    DType x_dtype, y_dtype;  // F32 or BF16
 };
 
-static void row_norm(const RowNormArgs& args) {
+template <class X, class Y>
+static void row_norm_of(const RowNormArgs& args) {
     const int64_t size = args.size;
     over_rows(args.rows, size, [&](int64_t start, int64_t end) {
         for (int64_t r = start; r < end; ++r) {
-            const float* x = args.x + r * size;
-            float* y = args.y + r * size;
+            const X* x = static_cast<const X*>(args.x) + r * size;
+            Y* y = static_cast<Y*>(args.y) + r * size;
             const float mean = args.rms ? 0 : sum_over(size, [&](int64_t i) { return load_upto(x + i, size - i); }) / size;
             const vf center = set1(mean);
             const float squares = sum_over(size, [&](int64_t i) {
@@ -107,6 +109,13 @@ static void row_norm(const RowNormArgs& args) {
             }
         }
     });
+}
+
+static void row_norm(const RowNormArgs& args) {
+    if (args.x_dtype == BF16)
+        args.y_dtype == BF16 ? row_norm_of<bf16, bf16>(args) : row_norm_of<bf16, float>(args);
+    else
+        args.y_dtype == BF16 ? row_norm_of<float, bf16>(args) : row_norm_of<float, float>(args);
 }
 
 // Groups of channels, each normed over all its places: group norm; with a channel a group, instance norm.

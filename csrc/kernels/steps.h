@@ -9,14 +9,28 @@
 #include "gather.h"
 #include "matmul.h"
 #include "pooling.h"
+#include "reduced_conv.h"
 #include "rows.h"
-#include "windows.h"
+#if defined(TRINE_TILES)
+#include "tile_attention.h"
+#endif
 #include "winograd.h"
 
 namespace trine {
 namespace TRINE_ISA {
 
 static void linear(const LinearArgs& args);
+
+// -1 where there are no tiles.
+static int bf16_attention(const GraphAttentionArgs& args) {
+#if defined(TRINE_TILES)
+    const TileAttention attention(args);
+    parallel(args.batch * args.heads * attention.parts, [&](int64_t task) { attention.run(task); });
+    return 0;
+#else
+    return -1;
+#endif
+}
 
 template <class Args>
 INLINE int as_result(void (*kernel)(const Args&), const Args& args) {
@@ -44,6 +58,7 @@ static constexpr StepKernel STEPS[] = {
     TRINE_STEP(gather, GatherArgs),
     TRINE_STEP(matmul, MatmulArgs),
     TRINE_STEP(graph_attention, GraphAttentionArgs),
+    TRINE_STEP(bf16_attention, GraphAttentionArgs),
     TRINE_STEP(quantized_conv, WindowArgs),
     TRINE_STEP(bf16_conv, WindowArgs),
     TRINE_STEP(depthwise8, WindowArgs),

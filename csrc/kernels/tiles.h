@@ -12,9 +12,9 @@ struct __attribute__((packed)) TileConfig {
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 
-    void set(int tile, int64_t count) {
+    void set(int tile, int64_t count, int64_t bytes = 64) {
         rows[tile] = static_cast<uint8_t>(count);
-        row_bytes[tile] = count ? 64 : 0;
+        row_bytes[tile] = count ? static_cast<uint16_t>(bytes) : 0;
     }
 };
 
@@ -23,10 +23,14 @@ struct __attribute__((packed)) TileConfig {
 struct Tiles {
     int32_t value[8][16][16];
     uint8_t rows[8];
+    uint16_t row_bytes[8];
 };
 static __thread Tiles tiles;
 
-INLINE void tile_configure(const TileConfig& config) { memcpy(tiles.rows, config.rows, 8); }
+INLINE void tile_configure(const TileConfig& config) {
+    memcpy(tiles.rows, config.rows, 8);
+    memcpy(tiles.row_bytes, config.row_bytes, sizeof(tiles.row_bytes));
+}
 INLINE void tile_release() {}
 template <int T>
 INLINE void tile_zero() {
@@ -34,11 +38,13 @@ INLINE void tile_zero() {
 }
 template <int T>
 INLINE void tile_load(const void* p, int64_t stride) {
-    for (int r = 0; r < tiles.rows[T]; ++r) memcpy(tiles.value[T][r], static_cast<const char*>(p) + r * stride, 64);
+    for (int r = 0; r < tiles.rows[T]; ++r)
+        memcpy(tiles.value[T][r], static_cast<const char*>(p) + r * stride, tiles.row_bytes[T]);
 }
 template <int T>
 INLINE void tile_store(void* p, int64_t stride) {
-    for (int r = 0; r < tiles.rows[T]; ++r) memcpy(static_cast<char*>(p) + r * stride, tiles.value[T][r], 64);
+    for (int r = 0; r < tiles.rows[T]; ++r)
+        memcpy(static_cast<char*>(p) + r * stride, tiles.value[T][r], tiles.row_bytes[T]);
 }
 template <int C, int A, int B>
 INLINE void tile_dot_bf16() {
@@ -46,7 +52,7 @@ INLINE void tile_dot_bf16() {
         for (int n = 0; n < 16; ++n) {
             float sum;
             memcpy(&sum, &tiles.value[C][m][n], 4);
-            for (int k = 0; k < 16; ++k)
+            for (int k = 0; k < tiles.row_bytes[A] / 4; ++k)
                 for (int half = 0; half < 2; ++half) {
                     const bf16 a{static_cast<uint16_t>(tiles.value[A][m][k] >> (16 * half))};
                     const bf16 b{static_cast<uint16_t>(tiles.value[B][k][n] >> (16 * half))};
@@ -59,7 +65,7 @@ template <int C, int A, int B, class Left>
 INLINE void tile_dot_bytes() {
     for (int m = 0; m < tiles.rows[A]; ++m)
         for (int n = 0; n < 16; ++n)
-            for (int k = 0; k < 64; ++k)
+            for (int k = 0; k < tiles.row_bytes[A]; ++k)
                 tiles.value[C][m][n] += reinterpret_cast<const Left*>(tiles.value[A][m])[k] *
                                         reinterpret_cast<const int8_t*>(tiles.value[B][k / 4])[n * 4 + k % 4];
 }

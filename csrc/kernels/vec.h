@@ -82,11 +82,16 @@ INLINE vf load(const bf16* p) {
     return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 INLINE void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh(x);  // subnormals become zeros
+    memcpy(p, &rounded, sizeof(rounded));
+#else
     const vi bits = _mm512_castps_si512(x);
     const vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set1i(1));
     vi rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, set1i(0x7fff)));
     rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1i(0x7fc00000));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
 }
 
 // Integer products for int8 weights: 2 W weights as 16-bit integers, each panel's in PANEL_INT_VECTORS vectors.
@@ -209,6 +214,19 @@ INLINE void store_first(T* p, vf x, int64_t n) {
     store(buffer, x);
     memcpy(p, buffer, n * sizeof(T));
 }
+#if defined(__AVX512F__)
+INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+INLINE vf load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+INLINE void store_first(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+INLINE vf load_first(const bf16* p, int64_t n) {
+    return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16));
+}
+INLINE void store_first(bf16* p, vf x, int64_t n) {
+    alignas(32) bf16 buffer[W];
+    store(buffer, x);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer)));
+}
+#endif
 // Both kinds in one, for loops over sizes that need not be multiples of W.
 template <class T>
 INLINE vf load_upto(const T* p, int64_t n) {

@@ -6,7 +6,7 @@
 // the results depend on nothing else that is in the batch.
 #pragma once
 
-#include "bytes.h"
+#include "finish.h"
 #include "linear.h"
 #if defined(TRINE_TILES)
 #include "amx.h"
@@ -125,6 +125,7 @@ struct ByteCore {
     Row padding() const { return static_cast<Row>(zero); }
     int64_t element() const { return 1; }
     const Row* direct(const WindowArgs& a) const { return flip ? nullptr : static_cast<const Row*>(a.x); }
+    void interleave(const void*, const WindowArgs&, int64_t, Row*) const {}  // no planar images of bytes
 
     void copy(const void* from, int64_t n, Row* to) const {
         memcpy(to, from, n);
@@ -257,14 +258,36 @@ struct Bf16Core {
     static constexpr int64_t panels_at_once = 2;
     static constexpr int64_t weight_bytes = 2;
 
-    explicit Bf16Core(const WindowArgs&) {}
+    bool narrow;  // the input is bf16 already
+
+    explicit Bf16Core(const WindowArgs& a) : narrow(a.x_dtype == BF16) {}
     Row padding() const { return {0}; }
-    int64_t element() const { return 4; }
-    const Row* direct(const WindowArgs&) const { return nullptr; }
+    int64_t element() const { return narrow ? 2 : 4; }
+    const Row* direct(const WindowArgs& a) const { return narrow ? static_cast<const Row*>(a.x) : nullptr; }
 
     void copy(const void* from, int64_t n, Row* to) const {
+        if (narrow) {
+            memcpy(to, from, n * sizeof(Row));
+            return;
+        }
         const float* p = static_cast<const float*>(from);
-        for (int64_t i = 0; i < n; i += W) store(to + i, load_upto(p + i, n - i));
+        for (int64_t i = 0; i < n; i += W) store_upto(to + i, load_upto(p + i, n - i), n - i);
+    }
+
+    // `count` pixels of a planar image of float32, four channels each.
+    void interleave(const void* from, const WindowArgs& a, int64_t count, Row* to) const {
+        const float* planes[4];
+        for (int64_t c = 0; c < 4; ++c) planes[c] = static_cast<const float*>(from) + min(c, a.x_channels - 1) * a.x_channel;
+        alignas(64) Row part[4][W];
+        for (int64_t i = 0; i < count; i += W) {
+            const int64_t n = min<int64_t>(W, count - i);
+            for (int64_t c = 0; c < 4; ++c)
+                store(part[c], c < a.x_channels ? load_upto(planes[c] + i, n) : zero());
+            uint64_t* pixels = reinterpret_cast<uint64_t*>(to + 4 * i);
+            for (int64_t p = 0; p < n; ++p)
+                pixels[p] = uint64_t(part[0][p].bits) | uint64_t(part[1][p].bits) << 16 | uint64_t(part[2][p].bits) << 32 |
+                            uint64_t(part[3][p].bits) << 48;
+        }
     }
 
 #if defined(TRINE_TILES)
@@ -392,36 +415,6 @@ INLINE bool is_plain(const WindowArgs& a) {
            a.x_image == a.height * a.x_row && a.depth == a.channels;
 }
 
-// As finish_vector for the rows of one panel: bytes out of sums, with what is constant for a column in registers.
-template <class Core>
-static void finish_bytes(const WindowArgs& a, const Core& core, const typename Core::Sum* c, int64_t ldc, int64_t rows,
-                         int64_t first, int64_t column, int64_t at) {
-    const Finish& f = a.finish;
-    constexpr int V = PANEL / W;
-    const vf inverse = set1(f.out_inverse), low = set1(f.activation == NO_ACTIVATION ? -65536.0f : 0.0f);
-    const vf high = set1(f.activation == RELU6 ? 6.0f * f.out_inverse : 65536.0f);
-    const float step = f.residual ? f.residual_scale * f.out_inverse : 0.0f;
-    vf scale[V], bias[V];
-    UNROLL
-    for (int v = 0; v < V; ++v) {
-        scale[v] = mul(load(f.scale + at + v * W), inverse);
-        bias[v] = f.bias ? mul(load(f.bias + at + v * W), inverse) : zero();
-        bias[v] = sub(bias[v], set1(step * f.residual_zero));
-    }
-    const char* residual = static_cast<const char*>(f.residual) + first * f.residual_stride + column;
-    char* out = static_cast<char*>(f.out) + first * f.out_stride + column;
-    for (int64_t r = 0; r < rows; ++r, residual += f.residual_stride, out += f.out_stride) {
-        vf y[V];
-        UNROLL
-        for (int v = 0; v < V; ++v) {
-            y[v] = fma(core.total(c + r * ldc + v * W, a, at + v * W), scale[v], bias[v]);
-            if (f.residual) y[v] = fma(bytes_to_float(residual + v * W, W, f.residual_dtype, 0), set1(step), y[v]);
-            y[v] = vmin(high, vmax(low, y[v]));
-        }
-        store_panel(out, y, f.out_dtype, f.out_zero);
-    }
-}
-
 template <class Core>
 static void window_task(const WindowArgs& a, const Core& core, const WindowJob& job, int64_t index) {
     using Row = typename Core::Row;
@@ -450,16 +443,7 @@ static void window_task(const WindowArgs& a, const Core& core, const WindowJob& 
         core.product(x, stride, rows, weight + p * panel_bytes, panels, a.depth, c);
         for (int64_t q = p; q < p + panels; ++q) {
             const int64_t columns = min(PANEL, a.filters - q * PANEL), at = (group * job.panels + q) * PANEL;
-            const int64_t column = group * a.filters + q * PANEL;
-            const Sum* sums = c + (q - p) * PANEL;
-            if (columns == PANEL && is_simple(a.finish)) {
-                finish_bytes(a, core, sums, ldc, rows, first, column, at);
-                continue;
-            }
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t i = 0; i < columns; i += W)
-                    finish_vector(a.finish, core.total(sums + r * ldc + i, a, at + i), first + r, column + i, at + i,
-                                  columns - i);
+            finish_run(a, core, c + (q - p) * PANEL, ldc, rows, first, group * a.filters + q * PANEL, at, columns);
         }
     }
 }
@@ -474,24 +458,6 @@ static void windows(const WindowArgs& a) {
         for (int64_t i = 0; i < tasks; ++i) window_task(a, core, job, i);
     else
         parallel(tasks, [&](int64_t i) { window_task(a, core, job, i); });
-}
-
-static void quantized_conv(const WindowArgs& a) {
-#if defined(TRINE_TILES) || defined(__AVX512F__)
-    windows<ByteCore>(a);
-#else
-    a.wide ? windows<WordCore>(a) : windows<ByteCore>(a);
-#endif
-}
-
-// -1 where the processor has no arithmetic on bf16: whoever records a tape takes float32's kernels there.
-static int bf16_conv(const WindowArgs& a) {
-#if defined(TRINE_TILES) || defined(__AVX512BF16__)
-    windows<Bf16Core>(a);
-    return 0;
-#else
-    return -1;
-#endif
 }
 
 // A filter for each channel. weight: int8 [places / 4][blocks][4][8][4]: four neighbours in (y, x) side by side, for

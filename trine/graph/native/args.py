@@ -110,7 +110,7 @@ class RowNormArgs(ctypes.Structure):
         ("rows", c_int64),
         ("size", c_int64),
         ("epsilon", c_float),
-        ("rms", c_int32),
+        *((name, c_int32) for name in ("rms", "x_dtype", "y_dtype")),
     )
 
 
@@ -162,4 +162,5 @@ class GraphAttentionArgs(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size", "v_size")),
         ("scale", c_float),
         ("guarded", c_int32),
+        ("y_dtype", c_int32),
     )

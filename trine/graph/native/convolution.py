@@ -35,6 +35,7 @@ class ConvArgs(ctypes.Structure):
         *((f"x_{name}", c_int64) for name in ("channel", "pixel", "row", "image")),
         *((f"{which}_{name}", c_int64) for which in ("out", "residual") for name in ("pixel", "row", "image")),
         ("activation", c_int32),
+        ("dtype", c_int32),
     )
 
 
@@ -63,9 +64,9 @@ def _constants(node: Node, tape: Recorder) -> bool:
     return bias is None or (bias.is_constant and tape.float_tensor(bias) is not None)
 
 
-def _conv_of(tape: Recorder, node: Node) -> tuple[Tensor, _Conv] | None:
-    """A node's input and constants; None where the kernels don't apply."""
-    x = tape.float_tensor(node.inputs[0])
+def _conv_of(tape: Recorder, node: Node, *, narrow: bool = False) -> tuple[Tensor, _Conv] | None:
+    """A node's input (bfloat16 only if `narrow`) and constants; None where the kernels don't apply."""
+    x = tape.real_tensor(node.inputs[0]) if narrow else tape.float_tensor(node.inputs[0])
     if x is None or node.output.static_shape is None or not _constants(node, tape) or 0 in x.shape:
         return None
     a, weight = node.attributes, node.inputs[1]
@@ -163,6 +164,7 @@ def _step(
         pad_left=conv.pads[1],
         x_channel=1 if x.shape[1] == 1 else x.strides[1],
         activation=conv.activation,
+        dtype=x.number,
         **_place("x", x),
         **_place("out", y),
         **(_place("residual", residual) if residual is not None else {}),
@@ -178,7 +180,7 @@ def _residual(tape: Recorder, node: Node) -> tuple[bool, Tensor | None]:
     """Whether the kernels can add what the node adds, and that."""
     if node.input(3) is None:
         return True, None
-    residual = tape.float_tensor(node.input(3))
+    residual = tape.real_tensor(node.input(3))
     if residual is None or residual.shape != node.output.static_shape:
         return False, None
     return True, _image(tape, residual)
@@ -186,13 +188,15 @@ def _residual(tape: Recorder, node: Node) -> tuple[bool, Tensor | None]:
 
 def _add(tape: Recorder, node: Node, kernel: str, layout: str, make: Callable[[_Conv], torch.Tensor]) -> bool:
     """The node's step, on an image with its channels innermost."""
-    found = _conv_of(tape, node)
+    found = _conv_of(tape, node, narrow=kernel == "depthwise")
     fits, residual = _residual(tape, node)
     if found is None or not fits:
         return False
     x, conv = found
     weight = tape.constant(conv.weight, layout, lambda: make(conv))
     y = tape.output(node.output, channels_last=True)
+    if y.dtype is not x.dtype or (residual is not None and residual.dtype is not x.dtype):
+        return False
     _step(tape, kernel, conv, _image(tape, x), y, weight, residual)
     return True
 
@@ -201,7 +205,7 @@ def _add(tape: Recorder, node: Node, kernel: str, layout: str, make: Callable[[_
 @native("Conv", "depthwise")
 def depthwise(tape: Recorder, node: Node) -> bool:
     """Each channel by itself."""
-    found = _conv_of(tape, node)
+    found = _conv_of(tape, node, narrow=True)
     if found is None or found[1].channels != 1 or found[1].filters != found[1].group or found[1].group == 1:
         return False
 
@@ -259,6 +263,8 @@ def direct(tape: Recorder, node: Node) -> bool:
         return False
     weight = tape.constant(conv.weight, "conv:planar", lambda: _filters(conv.weight.data, 1, True))
     y = tape.output(node.output, channels_last=True)
+    if y.dtype is not x.dtype or (residual is not None and residual.dtype is not x.dtype):
+        return False
     _step(tape, "conv", conv, x, y, weight, residual)
     return True
 

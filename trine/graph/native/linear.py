@@ -72,6 +72,8 @@ def linear(tape: Recorder, node: Node) -> bool:
         x = tape.rows(x)
     args = LinearArgs(rows=rows, x_stride=x.strides[0], activation=ACTIVATIONS.index(node.attributes["activation"]))
     y = tape.output(node.output)
+    if y.dtype is not DType.FLOAT32:
+        return False
     in_place = []
     if residual is not None:
         residual = tape.rows(residual.expand(y.shape))

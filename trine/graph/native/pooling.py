@@ -29,6 +29,7 @@ class PoolArgs(ctypes.Structure):
         *((f"pad_{side}", c_int64) for side in ("top", "left", "bottom", "right")),
         *_STRIDES,
         ("kind", c_int32),
+        ("dtype", c_int32),
     )
 
 
@@ -56,13 +57,15 @@ def _places(x: Tensor, y: Tensor) -> dict[str, int]:
 def _pool(
     tape: Recorder, node: Node, kind: int, kernel: list[int], strides: list[int], dilations: list[int], pads: list[int]
 ) -> bool:
-    x = tape.float_tensor(node.inputs[0])
+    x = tape.real_tensor(node.inputs[0])
     if x is None or len(x.shape) != 4 or len(node.outputs) != 1 or node.output.static_shape is None or 0 in x.shape:
         return False
     if min(pads) < 0:
         return False
     x = x if x.strides[1] == 1 or x.shape[1] == 1 else tape.channels_last(x)
     y = tape.output(node.output, channels_last=True)
+    if y.dtype is not x.dtype:
+        return False
     args = PoolArgs(
         images=x.shape[0],
         channels=x.shape[1],
@@ -81,6 +84,7 @@ def _pool(
         pad_bottom=pads[2],
         pad_right=pads[3],
         kind=kind,
+        dtype=x.number,
         **_places(x, y),
     )
     tape.step("pool", args, {"x": x, "out": y})

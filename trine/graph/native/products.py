@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trine.graph.dtypes import DType
 from trine.graph.ir import Node
 from trine.graph.native.args import MATMUL_DIMS, GraphAttentionArgs, MatmulArgs
 from trine.graph.native.recorder import Recorder, native
@@ -62,11 +63,11 @@ def gemm(tape: Recorder, node: Node) -> bool:
 @native("ScaledDotProductAttention")
 def attention(tape: Recorder, node: Node) -> bool:
     """softmax(q kᵀ scale + mask) v; the result lies as [batch, queries, heads, size], as what follows wants it."""
-    q, k, v = (tape.float_tensor(value) for value in node.inputs[:3])
+    q, k, v = (tape.real_tensor(value) for value in node.inputs[:3])
     mask = tape.float_tensor(node.input(3))
     if q is None or k is None or v is None or (node.input(3) is not None and mask is None):
         return False
-    if any(len(x.shape) != 4 or not x.count for x in (q, k, v)):
+    if any(len(x.shape) != 4 or not x.count or x.dtype is not q.dtype for x in (q, k, v)):
         return False
     if node.attributes.get("k_transposed", 0):
         k = k.permute((0, 1, 3, 2))
@@ -95,6 +96,9 @@ def attention(tape: Recorder, node: Node) -> bool:
             mask = tape.rows(mask)
         args.mask_strides[:] = mask.strides
     args.q_strides[:], args.k_strides[:], args.v_strides[:] = q.strides, k.strides, v.strides
-    args.y_strides[:] = y.strides
-    tape.step("graph_attention", args, {"q": q, "k": k, "v": v, "mask": mask, "y": y})
+    args.y_strides[:], args.y_dtype = y.strides, y.number
+    kernel = "graph_attention" if q.dtype is DType.FLOAT32 else "bf16_attention"
+    if kernel == "graph_attention" and y.dtype is not DType.FLOAT32:
+        return False
+    tape.step(kernel, args, {"q": q, "k": k, "v": v, "mask": mask, "y": y})
     return True

@@ -16,6 +16,7 @@ import torch
 from trine.graph.errors import ExecutionError
 from trine.graph.ir import Graph, Node, Value
 from trine.graph.native.elementwise import may_defer
+from trine.graph.native.narrow import narrow_values
 from trine.graph.native.packed import Packed
 from trine.graph.native.recorder import RULES, PythonItem, Recorder
 from trine.graph.native.tape import Arenas, Context, Tape
@@ -73,11 +74,7 @@ class NativeProgram:
         self.origins = {node: node for node in graph.nodes} if origins is None else dict(origins)
         direct = [value for value in dict.fromkeys(graph.outputs) if _plain(value)]
         self._outputs = {value: slot for slot, value in enumerate(direct, 1)}
-        self.recorder = tape = Recorder(packed, self._outputs, slots=1 + len(direct))
-        tape.may_defer = may_defer(graph)
-        for node in graph.nodes:
-            if not record(tape, node, (variants or {}).get(node)):
-                tape.python(node)
+        self.recorder = tape = _recorded(graph, packed, self._outputs, variants or {})
         arena = tape.finish(graph.outputs)
         self.tape = Tape(tape.steps, arena, tape.slots)
         self._items = self._plan(kernel_of or (lambda node: None))
@@ -296,6 +293,20 @@ class NativeProgram:
         if value in values:
             return values[value]
         return value.data if value.is_constant else made[value]
+
+
+def _recorded(graph: Graph, packed: Packed, outputs: Mapping[Value, int], variants: Mapping[Node, str]) -> Recorder:
+    """The whole graph. Python knows nothing of values in bfloat16: where it would meet one, there are none."""
+    for narrow in (narrow_values(graph), frozenset[Value]()):
+        tape = Recorder(packed, outputs, slots=1 + len(outputs))
+        tape.may_defer, tape.narrow = may_defer(graph), narrow
+        for node in graph.nodes:
+            if not record(tape, node, variants.get(node)):
+                tape.python(node)
+        called = [item.node for item in tape.items if isinstance(item, PythonItem)]
+        if narrow.isdisjoint(value for node in called for value in (*node.reads(), *node.outputs)):
+            break
+    return tape
 
 
 def record(tape: Recorder, node: Node, variant: str | None = None) -> bool:

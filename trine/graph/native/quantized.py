@@ -49,6 +49,7 @@ class WindowArgs(ctypes.Structure):
         *((name, c_int64) for name in ("height", "width", "out_height", "out_width")),
         *((name, c_int64) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")),
         *((name, c_int64) for name in ("pad_top", "pad_left", "x_pixel", "x_row", "x_image")),
+        *((name, c_int64) for name in ("x_channel", "x_channels", "out_step")),
         *((name, c_int32) for name in ("x_dtype", "x_zero", "wide")),
     )
 

@@ -67,6 +67,8 @@ class Recorder:
     deferred: dict[Value, Node] = field(default_factory=dict)
     """Elementwise results whose only reader can compute them itself (elementwise.py)."""
     may_defer: Collection[Node] = ()
+    narrow: Collection[Value] = ()
+    """Values of float32 that lie in bfloat16 between kernels (narrow.py)."""
     node: Node | None = None
     _copies: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _direct: dict[Value, Buffer] = field(default_factory=dict)
@@ -132,6 +134,11 @@ class Recorder:
         tensor = self.tensor(value)
         return tensor if tensor is not None and tensor.dtype is DType.FLOAT32 else None
 
+    def real_tensor(self, value: Value | None) -> Tensor | None:
+        """As `tensor`, for values of float32, which may lie in bfloat16 (`narrow`)."""
+        tensor = self.tensor(value)
+        return tensor if value is not None and value.dtype is DType.FLOAT32 else None
+
     def rows(self, tensor: Tensor) -> Tensor:
         """The tensor in row-major order without holes: itself, or a copy."""
         return tensor if tensor.is_contiguous else self.copied(tensor, contiguous_strides(tensor.shape))
@@ -162,7 +169,7 @@ class Recorder:
             own = contiguous_strides([shape[axis] for axis in order])
             strides = tuple(own[list(order).index(axis)] for axis in range(len(shape)))
         slot = self.outputs.get(value, 0)
-        made = self._new(value.dtype, shape, strides)
+        made = self._new(DType.BFLOAT16 if value in self.narrow else value.dtype, shape, strides)
         if slot and made.is_contiguous and value not in self._direct:
             made = self._new(value.dtype, shape, strides, slot)
             self._direct[value] = made.buffer

@@ -37,7 +37,7 @@ native("LogSoftmax")(_softmax(logarithm=True))
 def _row_norm(*, rms: bool) -> Rule:
     def rule(tape: Recorder, node: Node) -> bool:
         """Over trailing axes, in float32, without the statistics as results."""
-        x, scale = tape.float_tensor(node.inputs[0]), tape.float_tensor(node.inputs[1])
+        x, scale = tape.real_tensor(node.inputs[0]), tape.float_tensor(node.inputs[1])
         bias = tape.float_tensor(node.input(2))
         if x is None or scale is None or not x.count or not _single(node) or node.attributes.get("stash_type", 1) != 1:
             return False
@@ -49,6 +49,7 @@ def _row_norm(*, rms: bool) -> Rule:
             return False
         args = RowNormArgs(rows=x.count // size, size=size, epsilon=node.attributes.get("epsilon", 1e-5), rms=rms)
         x, y = tape.rows(x), tape.output(node.output)
+        args.x_dtype, args.y_dtype = x.number, y.number
         shift = None if bias is None else tape.rows(bias)
         tape.step("row_norm", args, {"x": x, "scale": tape.rows(scale), "bias": shift, "y": y}, in_place=[(x, y)])
         return True
