@@ -108,7 +108,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["build", str(path), "-o", str(plan), "--device", "cuda", "--precision", "fp16", "--explain"]
     assert main([*command, "--report", str(tmp_path / "r.html"), "--timing-cache", str(tmp_path / "t.json")]) == 0
     told = capsys.readouterr().out
-    assert "cuda" in told
+    assert "in float16" in told
+    assert "captured for 1 of 1" in told
     assert "FusedConv" in told
     assert "FusedConv" in (tmp_path / "r.html").read_text()
     np.save(tmp_path / "x.npy", x.numpy())

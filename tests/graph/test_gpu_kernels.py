@@ -136,7 +136,7 @@ def test_attention(length: int, keys: int, size: int, mask: tuple[int, ...] | No
 
 def test_guarded_attention_gives_zeros_where_every_key_is_hidden() -> None:
     q, k, v = randn(1, 5, 32), randn(1, 7, 32, seed=1), randn(1, 7, 32, seed=2)
-    mask = torch.zeros(1, 1, 5, 7)
+    mask = torch.zeros(1, 1, 5, 7, device=DEVICE)
     mask[..., 2, :] = -torch.inf
     mask[..., 3, 4:] = -torch.inf
     expected = operators.heads_attention(q.float(), k.float(), v.float(), mask, heads=2, scale=0.25, guarded=1)

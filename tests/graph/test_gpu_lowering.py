@@ -40,6 +40,7 @@ def test_an_encoder(first: bool, open_batch: bool) -> None:
     assert ops["HeadsAttention"] == 2
     assert ops["Linear"] == 8  # queries, keys and values are one
     assert ops["AddLayerNorm"] == 5
+    assert all(item.origins for item in result.nodes if item.op in ("AddLayerNorm", "HeadsAttention"))
     assert not {"Add", "LayerNormalization", "ScaledDotProductAttention"} & {
         item.op for item in result.nodes[result.nodes.index(next(n for n in result.nodes if n.op == "Linear")) :]
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from trine.graph.gpu.registry import Target
 from trine.graph.importer import import_model
 from trine.graph.ir import Graph
 from trine.graph.passes import optimise
+from trine.graph.report.text import text as report
 from trine.graph.runtime import Program
 from trine.graph.tactics import TimingCache
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "fp8": 8e-2}
 
@@ -76,6 +79,15 @@ def test_networks(precision: str) -> None:
         assert_near(next(iter(result.values())), expected(graph, *inputs), LIMITS[precision])
 
 
+def test_what_a_plan_tells_of_itself() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    told = report(plan_of(graph_of(Images(), x), precision="fp16").inspect())
+    assert "device: CPU; captured for 0 of 1 sets of shapes" in told
+    assert re.search(r"layers: (\d+), from \d+ nodes", told)
+    assert re.search(r"precision: \d+ in float16", told)
+    assert re.search(r"intermediates: [\d.]+ KiB at once", told)
+
+
 @pytest.mark.usefixtures("quick")
 def test_every_candidate_agrees_with_its_node() -> None:
     pytest.importorskip("triton")
@@ -83,9 +95,10 @@ def test_every_candidate_agrees_with_its_node() -> None:
     tried = set()
     for module, inputs in ((Images(), (x,)), (Encoder(True), tokens)):
         graph = lower(graph_of(module, *inputs), {f"x{i}": y.shape for i, y in enumerate(inputs)})
-        target = Target(torch.device("cpu"), torch.float32)
+        runtime = GpuRuntime(graph, DEVICE, "fp16" if DEVICE == "cuda" else "fp32")
+        target = runtime.target
         with torch.inference_mode():
-            choices, times = tuning.tune(graph, list(inputs), target, TimingCache())
+            choices, times = tuning.tune(graph, runtime.on_device(inputs), target, TimingCache())
         for item, found in times.items():
             assert choices[item] in found
             assert set(found) == set(tuning.options(item, target))

@@ -13,9 +13,10 @@ import torch
 from trine.core.errors import ConfigurationError
 from trine.graph import plan as plan_file
 from trine.graph.api import Plan, to_caller
+from trine.graph.dtypes import DType
 from trine.graph.errors import InputError
 from trine.graph.gpu.plan import GpuRuntime
-from trine.graph.ir import Graph
+from trine.graph.ir import Graph, Node
 from trine.graph.passes import Effect
 from trine.graph.precision import Data, Report, batches
 from trine.graph.profiles import Profile, described, find_profile
@@ -70,6 +71,17 @@ class GpuPlan(Plan):
             {**self._layer(node), "tactic": tactic, "times_ms": times} for node, tactic, times in self.runtime.layers()
         ]
         return {**facts, "layers": layers or facts["layers"], "gpu": self.runtime.facts()}
+
+    def _layer(self, node: Node) -> dict[str, Any]:
+        """Floats are described as they travel, in the plan's type."""
+        found = super()._layer(node)
+        for value in found["outputs"]:
+            if value["dtype"] == DType.FLOAT32:
+                value["dtype"] = str(self.runtime.target.dtype).removeprefix("torch.")
+        return found
+
+    def _memory(self) -> dict[str, Any] | None:
+        return self.runtime.memory()
 
     def profile(self, inputs: Mapping[str, Any], runs: int = 10) -> list[tuple[str, str, float]]:
         """Name, operator and milliseconds of each node of the lowered graph, each alone in a CUDA graph."""

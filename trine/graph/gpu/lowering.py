@@ -10,6 +10,7 @@ from trine.graph.gpu.spread import join_spread
 from trine.graph.ir import Graph, Node, Value, constant
 from trine.graph.passes.cleanup import merge_common_subexpressions, remove_dead_nodes
 from trine.graph.passes.constants import fold_constants
+from trine.graph.passes.origins import Snapshot, trace_origins
 from trine.graph.passes.pattern import remove_unread, replace_node
 from trine.graph.passes.simplify import simplify
 from trine.graph.shapes import infer_shapes
@@ -23,10 +24,10 @@ def lower(graph: Graph, shapes: Shapes) -> Graph:
     for value in lowered.inputs:
         if value.name in shapes:
             value.shape = tuple(shapes[value.name])
-    for run in (infer_shapes, fold_constants, simplify, merge_common_subexpressions, remove_dead_nodes, infer_shapes):
+    for run in _PASSES:
+        before = Snapshot.of(lowered)
         run(lowered)
-    for run in (narrow_masks, fuse_heads, add_constants_once, fuse_add_norm, join_spread, remove_dead_nodes):
-        run(lowered)
+        trace_origins(before, lowered)
     lowered.verify()
     return lowered
 
@@ -49,7 +50,8 @@ def clone(graph: Graph, made: dict[Value, Value] | None = None) -> Graph:
             key: clone(item, made) if isinstance(item, Graph) else item for key, item in node.attributes.items()
         }
         outputs = [item for item in map(value, node.outputs) if item is not None]
-        copy.nodes.append(Node(node.op, [value(item) for item in node.inputs], outputs, attributes, node.name))
+        inputs = [value(item) for item in node.inputs]
+        copy.nodes.append(Node(node.op, inputs, outputs, attributes, node.name, node.origins))
     copy.outputs = [item for item in map(value, graph.outputs) if item is not None]
     return copy
 
@@ -220,3 +222,9 @@ def in_order(graph: Graph) -> None:
             raise AssertionError("the graph has a cycle")
         waiting = later
     graph.nodes[:] = ordered
+
+
+_PASSES = (
+    infer_shapes, fold_constants, simplify, merge_common_subexpressions, remove_dead_nodes, infer_shapes,
+    narrow_masks, fuse_heads, add_constants_once, fuse_add_norm, join_spread, remove_dead_nodes,
+)  # fmt: skip

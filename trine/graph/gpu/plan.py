@@ -22,6 +22,7 @@ from trine.graph.gpu.lowering import input_shapes, lower
 from trine.graph.gpu.program import Captured, DeviceProgram
 from trine.graph.gpu.registry import Target, options
 from trine.graph.ir import Graph, Node, Value
+from trine.graph.memory import memory_use
 from trine.graph.tactics import TimingCache
 
 logger = logging.getLogger(__name__)
@@ -258,6 +259,13 @@ class GpuRuntime:
             found.append((node, point.choices.get(label(node), first), point.times.get(label(node), {})))
         return found
 
+    def memory(self) -> dict[str, Any] | None:
+        """Bytes of intermediates for the first shapes that are ready, as the graph's own memory holds them."""
+        key = next(iter(self._ready), None)
+        use = None if key is None else memory_use(self._lowered(key))
+        share = self.target.dtype.itemsize / 4  # floats travel in the target's type
+        return None if use is None else {"total": int(use.total * share), "peak": int(use.peak * share), "at": use.at}
+
     def facts(self) -> dict[str, Any]:
         """What the plan says of itself: each set of shapes with how it runs, and what its intermediates take."""
         points = []
@@ -274,7 +282,8 @@ class GpuRuntime:
                     "graph_bytes": program.nbytes if isinstance(program, Captured) else None,
                 }
             )
-        return {"device": str(self.target.device), "precision": self.precision, "points": points}
+        name = torch.cuda.get_device_name(self.target.device) if self.target.cuda else "CPU"
+        return {"device": str(self.target.device), "name": name, "precision": self.precision, "points": points}
 
     def stored(self) -> dict[str, Any]:
         """For the plan file."""

@@ -26,6 +26,9 @@ def pass_line(item: Mapping[str, Any]) -> str:
 def summary(facts: Mapping[str, Any]) -> dict[str, str]:
     """The figures of the whole plan, in words."""
     found = {"layers": f"{len(facts['layers'])}, from {_count_origins(facts['layers'])} nodes of the model"}
+    if gpu := facts.get("gpu"):
+        captured = sum(point["captured"] for point in gpu["points"])
+        found["device"] = f"{gpu['name']}; captured for {captured} of {len(gpu['points'])} sets of shapes"
     found["precision"] = precision(facts["layers"])
     found |= _accuracy(facts["precision"])
     tactics = Counter(layer["tactic"] for layer in facts["layers"])
@@ -87,4 +90,4 @@ def described(value: Mapping[str, Any]) -> str:
 def tried(times: Mapping[str, float]) -> str:
     """The candidates' times, the best first."""
     best = sorted(times.items(), key=lambda item: item[1])
-    return f" ({', '.join(f'{name} {ms:.3f} ms' for name, ms in best)})" if best else ""
+    return f" ({', '.join(f'{name} {ms:.3g} ms' for name, ms in best)})" if best else ""
