@@ -61,10 +61,26 @@ INLINE vf gelu_of(vf x, bool approximate) {
     return mul(half, add(set1(1.0f), tanh(inner)));
 }
 
-INLINE vf sigmoid(vf x) { return div(set1(1.0f), add(set1(1.0f), exp_any(sub(zero(), x)))); }
+// 1 / (1 + e^-x), with an exponential that need not reach further than to 2^127: the lowest bits of a number near 1.5 *
+// 2^23 are a whole one, which as an exponent is the power of two.
+INLINE vf sigmoid(vf x) {
+    const vf limited = clamp(x, -88.0f, 86.0f), shift = set1(12582912.0f + 127.0f);
+    const vf shifted = fma(limited, set1(-1.44269504f), shift), n = sub(shifted, shift);
+    vf f = fma(n, set1(-0.693359375f), sub(zero(), limited));
+    f = fma(n, set1(2.12194440e-4f), f);
+    vf p = set1(1.3888889e-3f);
+    p = fma(p, f, set1(8.3333333e-3f));
+    p = fma(p, f, set1(4.1666667e-2f));
+    p = fma(p, f, set1(1.6666667e-1f));
+    p = fma(p, f, set1(0.5f));
+    p = fma(p, f, set1(1.0f));
+    p = fma(p, f, set1(1.0f));
+    return div(set1(1.0f), fma(p, shift_exponent(shifted), set1(1.0f)));
+}
 INLINE vf relu(vf x) { return vmax(zero(), x); }
 
-constexpr float GELU_SHORT[] = {0.398486614f, -0.065324001f, 0.00908080582f, -0.000871875964f, 5.34171086e-05f, -1.85128351e-06f, 2.7339631e-08f};
+constexpr float GELU_SHORT[] = {0.398486614f,    -0.065324001f,   0.00908080582f, -0.000871875964f,
+                                5.34171086e-05f, -1.85128351e-06f, 2.7339631e-08f};
 
 // For results of 8 bits of mantissa: x times a polynomial for the normal distribution's integral, fitted to the least
 // error of the product (0.0004), exact from 4 on in either direction.
@@ -76,18 +92,26 @@ INLINE vf gelu_short(vf x) {
     return mul(x, fma(c, p, set1(0.5f)));
 }
 
-INLINE vf activate(vf x, Activation activation) {
+// body(f) with the activation as a function of a vector: a loop in `body` does not choose again for each vector.
+template <class Body>
+INLINE void with_activation(Activation activation, const Body& body) {
     switch (activation) {
-        case RELU: return relu(x);
-        case RELU6: return clamp(x, 0.0f, 6.0f);
-        case SIGMOID: return sigmoid(x);
-        case TANH: return tanh(x);
-        case SILU: return mul(x, sigmoid(x));
-        case HARDSWISH: return mul(x, mul(clamp(add(x, set1(3.0f)), 0.0f, 6.0f), set1(1.0f / 6.0f)));
-        case GELU: return gelu_of(x, false);
-        case GELU_TANH: return gelu_of(x, true);
-        default: return x;
+        case RELU: return body([](vf x) { return relu(x); });
+        case RELU6: return body([](vf x) { return clamp(x, 0.0f, 6.0f); });
+        case SIGMOID: return body([](vf x) { return sigmoid(x); });
+        case TANH: return body([](vf x) { return tanh(x); });
+        case SILU: return body([](vf x) { return mul(x, sigmoid(x)); });
+        case HARDSWISH:
+            return body([](vf x) { return mul(x, mul(clamp(add(x, set1(3.0f)), 0.0f, 6.0f), set1(1.0f / 6.0f))); });
+        case GELU: return body([](vf x) { return gelu_of(x, false); });
+        case GELU_TANH: return body([](vf x) { return gelu_of(x, true); });
+        default: return body([](vf x) { return x; });
     }
+}
+
+INLINE vf activate(vf x, Activation activation) {
+    with_activation(activation, [&](auto apply) { x = apply(x); });
+    return x;
 }
 
 // To the precision of the type that the result is stored in.

@@ -1,6 +1,6 @@
 // Convolutions as matrix products over the input where it lies: any kernel, stride, dilation, padding and groups.
 //
-// A task is a range of output pixels x a range of filters. What it reads is a list of segments, each of neighbouring
+// A task is a range of output pixels x a range of groups or of one group's filters. What it reads is a list of segments, each of neighbouring
 // elements. Usually a segment is a place of the kernel with all its channels, and a table says where it lies for each
 // pixel; out of the image, those are zeros. Where the channels are few, or lie outermost, a segment is a row of the
 // kernel with all its places, and neighbouring pixels' are a fixed step apart; padding then needs a padded copy of the
@@ -32,6 +32,8 @@ struct ConvJob {
     int64_t regions;                    // what tasks don't cross: images if `lines`, else 1
     int64_t rows, rows_per_task, row_tasks;  // of a region
     int64_t columns_per_task, column_tasks;
+    int64_t groups_per_task, group_tasks;
+    int64_t block;  // pixels that the micro-kernel takes at once
 
     explicit ConvJob(const ConvArgs& a) : args(&a), planar(a.x_channel != 1) {
         const bool dense = planar ? a.x_pixel == 1 : a.x_pixel == a.channels;
@@ -46,6 +48,7 @@ struct ConvJob {
         panel = segments * run * PANEL;
         parts = ceil_div(run, BLOCK_DEPTH);
         segments_per_slice = parts > 1 ? 1 : ceil_div(segments, ceil_div(segments * run, BLOCK_DEPTH));
+        block = a.filters <= W ? NARROW_PIXELS : BLOCK_PIXELS;
         divide();
     }
 
@@ -66,9 +69,13 @@ struct ConvJob {
         regions = lines ? a.images : 1;
         rows = a.images * a.out_height * a.out_width / regions;
         const int64_t most = CONV_ROWS * (rows <= CONV_ROWS * 3 / 2 ? 3 : 2) / 2;
-        const int64_t tiles = ceil_div(a.filters, BLOCK_FILTERS), others = regions * a.groups;
-        const int64_t wanted = ceil_div(6 * num_threads(), others);
+        const int64_t tiles = ceil_div(a.filters, BLOCK_FILTERS);
         row_tasks = ceil_div(rows, most);
+        // The groups of a task share its table.
+        group_tasks = min(a.groups, ceil_div(6 * num_threads(), regions * row_tasks));
+        groups_per_task = ceil_div(a.groups, group_tasks);
+        group_tasks = ceil_div(a.groups, groups_per_task);
+        const int64_t wanted = ceil_div(6 * num_threads(), regions * group_tasks);
         if (row_tasks * tiles < wanted) row_tasks = min(ceil_div(rows, CONV_ROWS_LEAST), ceil_div(wanted, tiles));
         rows_per_task = ceil_div(rows, row_tasks);
         if (lines) rows_per_task = round_up(rows_per_task, a.out_width);
@@ -77,13 +84,13 @@ struct ConvJob {
         column_tasks = ceil_div(a.filters, columns_per_task);
     }
 
-    int64_t tasks() const { return args->groups * regions * row_tasks * column_tasks; }
+    int64_t tasks() const { return group_tasks * regions * row_tasks * column_tasks; }
 };
 
 struct ConvTask {
     const ConvJob& job;
     const ConvArgs& a;
-    int64_t group, first_row, rows, first_column, end_column;
+    int64_t first_group, end_group, first_row, rows, first_column, end_column;
     const float** table;  // [rows][segments] in the order that the micro-kernel reads; lines: [lines][segments]
     Rows<float> out;
     Rows<const float> add;
@@ -93,13 +100,14 @@ struct ConvTask {
         end_column = min(first_column + job.columns_per_task, a.filters);
         index /= job.column_tasks;
         const int64_t first = index % job.row_tasks * job.rows_per_task, region = index / job.row_tasks % job.regions;
-        group = index / job.row_tasks / job.regions;
+        first_group = index / job.row_tasks / job.regions * job.groups_per_task;
+        end_group = min(first_group + job.groups_per_task, a.groups);
         rows = min(job.rows_per_task, job.rows - first);
         first_row = region * job.rows + first;
         table = static_cast<const float**>(scratch(SCRATCH_TABLE, rows * (job.segments + 2) * sizeof(float*)));
         fill_outputs();
         if (job.flat)
-            table[0] = a.x + group * a.channels + first_row * a.x_pixel;
+            table[0] = a.x + first_row * a.x_pixel;
         else if (job.lines)
             fill_lines();
         else
@@ -122,31 +130,30 @@ struct ConvTask {
     }
 
     void fill_outputs() {
-        float* to = a.out + group * a.filters;
-        const float* from = a.residual + group * a.filters;
-        out = {nullptr, to + first_row * a.out_pixel, a.out_pixel};
-        add = {nullptr, from + first_row * a.residual_pixel, a.residual_pixel};
+        out = {nullptr, a.out + first_row * a.out_pixel, a.out_pixel};
+        add = {nullptr, a.residual + first_row * a.residual_pixel, a.residual_pixel};
         if (job.even) return;
         const float** added = table + rows * job.segments;
         float** written = const_cast<float**>(added + rows);
         over_pixels([&](int64_t r, int64_t n, int64_t y, int64_t x) {
-            written[r] = to + n * a.out_image + y * a.out_row + x * a.out_pixel;
-            added[r] = from + n * a.residual_image + y * a.residual_row + x * a.residual_pixel;
+            written[r] = a.out + n * a.out_image + y * a.out_row + x * a.out_pixel;
+            added[r] = a.residual + n * a.residual_image + y * a.residual_row + x * a.residual_pixel;
         });
         out.table = written;
         add.table = added;
     }
 
+    // Addresses of the first group's elements; the others' are a fixed step further.
     void fill_places() {
-        const float* from = a.x + group * a.channels;
+        const float* from = a.x;
         if (job.segments == 1 && job.unpadded) {
             over_pixels([&](int64_t r, int64_t n, int64_t y, int64_t x) {
                 table[r] = from + n * a.x_image + y * a.stride_h * a.x_row + x * a.stride_w * a.x_pixel;
             });
             return;
         }
-        const float* zeros = static_cast<const float*>(scratch(SCRATCH_ZEROS, a.channels * sizeof(float)));
-        const Blocks blocks(rows, BLOCK_PIXELS);
+        const float* zeros = static_cast<const float*>(scratch(SCRATCH_ZEROS, a.groups * a.channels * sizeof(float)));
+        const Blocks blocks(rows, job.block);
         int64_t block = 0, first = 0, end = blocks.first(1);
         over_pixels([&](int64_t r, int64_t n, int64_t y, int64_t x) {
             if (r == end) first = end, end = blocks.first(++block + 1);
@@ -203,15 +210,15 @@ struct ConvTask {
             }
     }
 
-    // One slice of k: segments from `segment` on, `offset` elements into them.
-    void run_slice(int64_t segment, int64_t offset, int64_t length) const {
+    // One slice of a group's k: segments from `segment` on, `offset` elements into them.
+    void run_slice(int64_t group, int64_t segment, int64_t offset, int64_t length) const {
         const int64_t panels = ceil_div(a.filters, PANEL);
         const float* weight = a.weight + group * panels * job.panel + (segment * job.run + offset) * PANEL;
         const float* bias = a.bias ? a.bias + group * panels * PANEL : nullptr;
         const bool is_first = segment == 0 && offset == 0;
         PixelTiles t;
         t.segments = min(job.segments_per_slice, job.segments - segment);
-        t.offset = offset;
+        t.offset = group * a.channels + offset;
         t.run = length;
         t.panel = job.panel;
         const bool is_last = segment + t.segments == job.segments && offset + length == job.run;
@@ -219,11 +226,12 @@ struct ConvTask {
         t.line_step = job.flat ? a.x_pixel : job.lines ? a.stride_w * (job.planar ? 1 : a.channels) : 0;
         t.adds = !is_first || a.residual;
         const int64_t together = job.lines ? a.out_width : rows;
-        const Blocks blocks(together, BLOCK_PIXELS);
-        for (t.column = first_column; t.column < end_column; t.column += BLOCK_FILTERS) {
-            t.columns = min(BLOCK_FILTERS, end_column - t.column);
-            t.weight = weight + t.column / PANEL * job.panel;
-            t.bias = is_first && bias ? bias + t.column : nullptr;
+        const Blocks blocks(together, job.block);
+        for (int64_t column = first_column; column < end_column; column += BLOCK_FILTERS) {
+            t.column = group * a.filters + column;
+            t.columns = min(BLOCK_FILTERS, end_column - column);
+            t.weight = weight + column / PANEL * job.panel;
+            t.bias = is_first && bias ? bias + column : nullptr;
             for (int64_t row = 0; row < rows; row += together) {
                 t.out = out.from(row);
                 t.add = is_first ? add.from(row) : Rows<const float>{t.out.table, t.out.first, t.out.step};
@@ -234,9 +242,10 @@ struct ConvTask {
 
     void run() const {
         const int64_t length = ceil_div(job.run, job.parts);
-        for (int64_t s = 0; s < job.segments; s += job.segments_per_slice)
-            for (int64_t offset = 0; offset < job.run; offset += length)
-                run_slice(s, offset, min(length, job.run - offset));
+        for (int64_t group = first_group; group < end_group; ++group)
+            for (int64_t s = 0; s < job.segments; s += job.segments_per_slice)
+                for (int64_t offset = 0; offset < job.run; offset += length)
+                    run_slice(group, s, offset, min(length, job.run - offset));
     }
 };
 

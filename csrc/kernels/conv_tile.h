@@ -11,6 +11,7 @@ namespace trine {
 namespace TRINE_ISA {
 
 constexpr int BLOCK_PIXELS = 6;
+constexpr int NARROW_PIXELS = 8;  // with one vector of filters alone: as many chains of sums as hide the latency
 constexpr int64_t BLOCK_FILTERS = 2 * W;
 constexpr int64_t BLOCK_DEPTH = 384;  // k's of a panel that stay in the first-level cache while rows pass over them
 
@@ -21,8 +22,11 @@ INLINE vf clamped(Activation activation, vf x) {
 }
 
 static void activate_row(Activation activation, float* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += W)
-        store_upto(row + i, activate(load_upto(row + i, count - i), activation), count - i);
+    with_activation(activation, [&](auto apply) {
+        int64_t i = 0;
+        for (; i + W <= count; i += W) store(row + i, apply(load(row + i)));
+        if (i < count) store_upto(row + i, apply(load_upto(row + i, count - i)), count - i);
+    });
 }
 
 // Where rows of pixels lie: at addresses in a table, or where there is none, `step` floats apart.
@@ -115,10 +119,14 @@ static void tiles_of(const PixelTiles& t) {
 }
 
 using TilesFunction = void (*)(const PixelTiles&);
-template <int V, bool LINES>
-static constexpr TilesFunction TILES_OF[BLOCK_PIXELS] = {tiles_of<1, V, LINES>, tiles_of<2, V, LINES>,
-                                                      tiles_of<3, V, LINES>, tiles_of<4, V, LINES>,
-                                                      tiles_of<5, V, LINES>, tiles_of<6, V, LINES>};
+template <bool LINES>
+static constexpr TilesFunction WIDE_TILES[BLOCK_PIXELS] = {tiles_of<1, 2, LINES>, tiles_of<2, 2, LINES>,
+                                                           tiles_of<3, 2, LINES>, tiles_of<4, 2, LINES>,
+                                                           tiles_of<5, 2, LINES>, tiles_of<6, 2, LINES>};
+template <bool LINES>
+static constexpr TilesFunction NARROW_TILES[NARROW_PIXELS] = {
+    tiles_of<1, 1, LINES>, tiles_of<2, 1, LINES>, tiles_of<3, 1, LINES>, tiles_of<4, 1, LINES>,
+    tiles_of<5, 1, LINES>, tiles_of<6, 1, LINES>, tiles_of<7, 1, LINES>, tiles_of<8, 1, LINES>};
 
 // All of `blocks`: the first ones have a row more than the others. `table` holds for each block [segments][its rows], of
 // which those from `segment` on are read; or, with t.line_step, [segments].
@@ -132,12 +140,12 @@ INLINE void tiles_of_blocks(PixelTiles t, const Blocks& blocks, const float* con
         t.blocks = count;
         if (t.line_step) {
             t.x = table + segment;
-            (wide ? TILES_OF<2, true> : TILES_OF<1, true>)[rows - 1](t);
+            (wide ? WIDE_TILES<true> : NARROW_TILES<true>)[rows - 1](t);
             t.offset += count * rows * t.line_step;
         } else {
             t.x = table + segment * rows;
             t.x_block = segments * rows;
-            (wide ? TILES_OF<2, false> : TILES_OF<1, false>)[rows - 1](t);
+            (wide ? WIDE_TILES<false> : NARROW_TILES<false>)[rows - 1](t);
             table += count * t.x_block;
         }
         t.out = t.out.from(count * rows);

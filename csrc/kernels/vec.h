@@ -64,6 +64,7 @@ INLINE vf vmax_or_nan(vf a, vf b) {  // NaN if either is
 INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf round_nearest(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vf scale_exponent(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n, n whole
+INLINE vf shift_exponent(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 INLINE float first_lane(vf x) { return _mm512_cvtss_f32(x); }
 INLINE float hsum(vf x) { return _mm512_reduce_add_ps(x); }
 INLINE float hmax(vf x) { return _mm512_reduce_max_ps(x); }
@@ -143,6 +144,7 @@ INLINE vf scale_exponent(vf x, vf n) {  // x * 2^n, n whole and from -126 to 127
     const vi exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), set1i(127)), 23);
     return mul(x, as_float(exponent));
 }
+INLINE vf shift_exponent(vf x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 INLINE float first_lane(vf x) { return _mm256_cvtss_f32(x); }
 INLINE float hsum(vf x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -177,6 +177,25 @@ def test_fold_batch_norm_keeps_a_convolution_that_is_read_elsewhere() -> None:
     assert after(made, "fold_batch_norm") == {"Conv": 1, "BatchNormalization": 1}
 
 
+def test_fold_batch_norm_into_a_transposed_convolution_and_a_product() -> None:
+    parameters = {"w": weights(3, 4, 2, 2), "p": weights(24, 5), "e": weights(5)}
+    for size in (4, 5):
+        parameters |= {f"{name}{size}": weights(size, seed=seed) for seed, name in enumerate("sbm")}
+        parameters[f"v{size}"] = weights(size) ** 2 + 1
+    nodes = [
+        node("ConvTranspose", "x w", "c", strides=[2, 2]), node("BatchNormalization", "c s4 b4 m4 v4", "n"),
+        node("ReduceMean", "n", "r", axes=[3], keepdims=0), node("Flatten", "r", "f"), node("Gemm", "f p e", "g"),
+        node("BatchNormalization", "g s5 b5 m5 v5", "y"),
+    ]  # fmt: skip
+    made = model(nodes, {"x": [2, 3, 3, 3]}, ["y"], parameters)
+    assert after(made, "fold_batch_norm") == {"ConvTranspose": 1, "ReduceMean": 1, "Flatten": 1, "Gemm": 1}
+
+
+def test_lower_batch_norm_to_elementwise_operators() -> None:
+    made = convolution(node("BatchNormalization", "c s b m v", "y"), outputs=("y", "c"))
+    assert after(made, "fold_batch_norm", "lower_batch_norm") == {"Conv": 1, "Mul": 1, "Add": 1}
+
+
 def test_fuse_convolution_takes_the_residual_and_the_activation() -> None:
     made = convolution(node("Add", "x c", "a"), node("Relu", "a", "y"))
     assert after(made, "fuse_convolution") == {"FusedConv": 1}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from trine.graph.errors import VerificationError
 from trine.graph.ir import Graph
 from trine.graph.passes.attention import fuse_attention
-from trine.graph.passes.batch_norm import fold_batch_norm
+from trine.graph.passes.batch_norm import fold_batch_norm, lower_batch_norm
 from trine.graph.passes.cleanup import merge_common_subexpressions, remove_dead_nodes
 from trine.graph.passes.constants import fold_constants
 from trine.graph.passes.convolution import fuse_convolution
@@ -45,6 +45,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_silu,
     hoist_activations,
     fold_batch_norm,
+    lower_batch_norm,
     fuse_attention,
     link_quantized_weights,
     fold_padding,
