@@ -100,17 +100,18 @@ def compare(name: str, batch: int, args: argparse.Namespace, folder: Path) -> di
             worker.close()
     best = min((times[peer] for peer in args.peer), default=math.nan)
     facts = workers[0].facts
-    grown = {worker.kind: worker.facts["grown_mb"] for worker in workers}
-    return {"model": name, "batch": batch, "ms": times, "ratio": best / times["trine"], **facts, "grown_mb": grown}
+    peaks = {worker.kind: worker.facts["peak_mb"] for worker in workers if "peak_mb" in worker.facts}
+    return {"model": name, "batch": batch, "ms": times, "ratio": best / times["trine"], **facts, "peak_mb": peaks}
 
 
 def line(result: dict[str, Any]) -> str:
     figures = "  ".join(f"{key} {value:.2f}" for key, value in result["ms"].items())
-    grown = " ".join(f"{value:.1f}" for value in result["grown_mb"].values())
+    peaks = ", ".join(f"{key} {value:.1f}" for key, value in result["peak_mb"].items())
     text = f"{result['model']:14} batch {result['batch']}  {figures} ms  ratio {result['ratio']:.2f}"
-    text += f"  build {result['build_s']:.1f} load {result['load_s']:.2f} s  grown {grown} MB"
+    text += f"  build {result['build_s']:.1f} load {result['load_s']:.2f} s  peak {peaks} MB"
     if result["memory"] is not None:
-        text += f"  peak {result['memory']['peak'] / 1e6:.1f} of {result['memory']['total'] / 1e6:.1f} MB"
+        share = result["memory"]["peak"] / result["memory"]["total"]
+        text += f" ({share:.2f} of the sum of {result['memory']['total'] / 1e6:.1f})"
     return text
 
 

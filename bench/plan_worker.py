@@ -1,11 +1,14 @@
 """One runtime in a process of its own, for bench/plan.py: it loads a model, then runs it whenever it is told to.
 
-Requests and answers are lines of JSON: {"load": …} first, then {"run": seconds, "least": runs}.
+Requests and answers are lines of JSON: {"load": …} first, then {"run": seconds, "least": runs}. With arguments (a
+model, threads, a file of inputs) it prints the memory that ONNX Runtime takes for a run instead.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import subprocess
 import sys
 import time
 import warnings
@@ -17,6 +20,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+_MMAP_THRESHOLD = -3  # of mallopt
 
 Run = Callable[[dict[str, Any]], np.ndarray[Any, Any]]
 
@@ -44,6 +49,31 @@ def trine_plan(path: Path, request: dict[str, Any]) -> tuple[Run, dict[str, Any]
 
     facts["plan"] = loaded
     return run, facts
+
+
+def onnxruntime_peak(path: str, threads: int, inputs: dict[str, Any]) -> int:
+    """Bytes that a run of ONNX Runtime takes for intermediate values and results, in a process of its own.
+
+    Weights are kept out of its arena, in whose free space activations would not show, and the arena gives its memory
+    back after each run: what a run then adds to the process at its peak is what it needs.
+    """
+    import onnxruntime
+
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system at once
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    shrinking = onnxruntime.RunOptions()
+    shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    added = []
+    for _ in range(4):  # the first runs find out how much there is to allocate
+        session.run(None, inputs, shrinking)
+        before = memory_line("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+        session.run(None, inputs, shrinking)
+        added.append(memory_line("VmHWM") - before)
+    return min(added)
 
 
 def onnxruntime_session(path: Path, threads: int) -> Run:
@@ -98,10 +128,10 @@ def torch_module(name: str, threads: int) -> Run:
     return run
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+def memory_line(name: str) -> int:
+    """Bytes by a line of /proc/self/status: RssAnon is memory that no file backs, VmHWM the most that VmRSS was."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0
 
@@ -116,7 +146,9 @@ def load(request: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
         path = quantized(path, request["inputs"])
     if kind == "openvino":
         return openvino_request(path, threads, "bf16" if request["precision"] == "bf16" else "f32"), {}
-    return onnxruntime_session(path, threads), {}
+    command = [sys.executable, __file__, str(path), str(threads), request["inputs"]]
+    peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return onnxruntime_session(path, threads), {"peak_mb": peak / 1e6}
 
 
 def timed(run: Run, inputs: dict[str, Any], seconds: float, least: int) -> list[float]:
@@ -133,14 +165,18 @@ def timed(run: Run, inputs: dict[str, Any], seconds: float, least: int) -> list[
 
 def main() -> int:
     warnings.simplefilter("ignore")
+    if len(sys.argv) > 1:
+        path, threads, file = sys.argv[1:]
+        print(onnxruntime_peak(path, int(threads), dict(np.load(file))))
+        return 0
     request = json.loads(sys.stdin.readline())
     run, facts = load(request)
     inputs = dict(np.load(request["inputs"]))
-    before = anonymous_bytes()
+    before = memory_line("RssAnon")
     output = run(inputs)
-    facts["grown_mb"] = (anonymous_bytes() - before) / 1e6
     plan = facts.pop("plan", None)
-    if plan is not None:
+    if plan is not None:  # it keeps the memory of its first run for the next ones
+        facts["peak_mb"] = (memory_line("RssAnon") - before) / 1e6
         facts["memory"] = plan.inspect()["memory"]
     np.save(request["output"], output)
     print(json.dumps(facts), flush=True)

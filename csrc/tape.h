@@ -10,15 +10,22 @@ struct TapeStep {
     int64_t args;    // where its arguments lie, in bytes from the start of all arguments
 };
 
-// A pointer among the arguments: *(char**)(args + place) = bases[base] + offset.
+// A pointer among the arguments: *(char**)(args + place) = bases[base] + offset, in a loop `advance` more each time.
 struct TapePointer {
-    int64_t place, base, offset;
+    int64_t place, base, offset, advance;
+};
+
+// Steps [first, end), with the pointers [first_pointer, end_pointer), run `count` times. Loops are in order, and within
+// or without any range of steps that is run.
+struct TapeLoop {
+    int64_t first, end, count, first_pointer, end_pointer;
 };
 
 struct Tape {
     const TapeStep* steps;
     const TapePointer* pointers;
-    int64_t step_count, pointer_count;
+    const TapeLoop* loops;
+    int64_t step_count, pointer_count, loop_count;
 };
 
 // Runs the steps [first, end). `args` are the caller's own copy of the arguments; its pointers are set to where `bases`

@@ -1,5 +1,6 @@
 // Depthwise convolutions: each channel by itself, so vectors run along the channels. Along a row of the output up to
-// four pixels are summed together, so that each element of the input and of the weight is loaded once for them.
+// four pixels are summed together, so that each element of the input and of the weight is loaded once for them; with
+// the commonest kernel, 3 x 3 in steps of one, those of two rows.
 #pragma once
 
 #include "conv_tile.h"
@@ -32,7 +33,7 @@ struct DepthwiseTask {
         const int64_t place = n * a.residual_image + y * a.residual_row + x * a.residual_pixel;
         return a.residual ? reinterpret_cast<const T*>(a.residual) + place : nullptr;
     }
-    // Of float32, what is no clamp is applied to whole lines (`run`).
+    // Of float32, what is no clamp is applied to whole lines (`activate_later`).
     INLINE vf last(const DepthwiseTask& t, vf x) {
         if (t.clamp) return clamped(t.a.activation, x);
         return sizeof(T) == sizeof(float) ? x : activate(x, t.a.activation);
@@ -81,14 +82,16 @@ struct DepthwiseTask {
         for (; c < end; c += W) pixel_channels<1>(x, kx_first, kx_end, c, min<int64_t>(W, end - c));
     }
 
-    // P pixels from x on, all inside the image, without dilation: whole vectors of channels. FULL: so are all rows of
-    // the kernel.
-    template <int K, int S, int P, bool FULL>
+    // P pixels from x on of R rows, without dilation: whole vectors of channels. FULL: all rows of the kernel meet the
+    // image; EDGE: some columns do not.
+    template <int K, int S, int P, int R, bool FULL, bool EDGE>
     inline __attribute__((always_inline)) void pixels(int64_t x) const {
-        constexpr int COLUMNS = (P - 1) * S + K;
-        const T* from = image() + top * a.x_row + (x * S - a.pad_left) * a.x_pixel + first;
-        const int64_t pixel = a.x_pixel, row = a.x_row * a.dilation_h, out_pixel = a.out_pixel;
-        const int64_t i_first = FULL ? 0 : ky_first, i_end = FULL ? K : ky_end, added_pixel = a.residual_pixel;
+        constexpr int COLUMNS = (P - 1) * S + K, ROWS = (R - 1) * S + K;
+        const int64_t left = x * S - a.pad_left, before = -left, after = a.width - left;
+        const T* from = image() + top * a.x_row + left * a.x_pixel + first;
+        const int64_t pixel = a.x_pixel, row = a.x_row * a.dilation_h, out_pixel = a.out_pixel, out_row = a.out_row;
+        const int64_t added_pixel = a.residual_pixel, added_row = a.residual_row;
+        const int64_t above = ky_first, below = R > 1 ? a.height - top : ky_end;
         const int64_t skip = a.kernel_h * K * PANEL - (PANEL - W), c_end = end;
         const bool clamps = clamp, six = a.activation == RELU6;
         const float* weights = weight(first);
@@ -96,75 +99,98 @@ struct DepthwiseTask {
         const T* added = residual(x);
         T* to = out(x);
         for (int64_t c = first; c + W <= c_end; c += W, from += W) {
-            vf sum[P];
+            vf sum[R][P];
             const vf start = bias ? load(bias + c) : zero();
             UNROLL
-            for (int p = 0; p < P; ++p) sum[p] = start;
-            for (int64_t i = i_first; i < i_end; ++i) {
+            for (int r = 0; r < R; ++r) UNROLL
+            for (int p = 0; p < P; ++p) sum[r][p] = start;
+            UNROLL
+            for (int i = 0; i < ROWS; ++i) {
+                if (!FULL && (i < above || i >= below)) continue;
                 vf value[COLUMNS];
                 UNROLL
-                for (int j = 0; j < COLUMNS; ++j) value[j] = load(from + i * row + j * pixel);
+                for (int j = 0; j < COLUMNS; ++j)
+                    value[j] = !EDGE || (j >= before && j < after) ? load(from + i * row + j * pixel) : zero();
                 UNROLL
-                for (int k = 0; k < K; ++k) {
-                    const vf w = load(weights + (i * K + k) * PANEL);
+                for (int r = 0; r < R; ++r) {
+                    const int y = i - r * S;
+                    if (y < 0 || y >= K) continue;
                     UNROLL
-                    for (int p = 0; p < P; ++p) sum[p] = fma(value[p * S + k], w, sum[p]);
+                    for (int k = 0; k < K; ++k) {
+                        const vf w = load(weights + (y * K + k) * PANEL);
+                        UNROLL
+                        for (int p = 0; p < P; ++p) sum[r][p] = fma(value[p * S + k], w, sum[r][p]);
+                    }
                 }
             }
-            if (added) UNROLL
-            for (int p = 0; p < P; ++p) sum[p] = add(sum[p], load(added + p * added_pixel + c));
-            if (clamps) UNROLL
-            for (int p = 0; p < P; ++p) sum[p] = vmin(set1(six ? 6.0f : __builtin_inff()), relu(sum[p]));
-            if (sizeof(T) != sizeof(float) && !clamps) UNROLL
-            for (int p = 0; p < P; ++p) sum[p] = activate(sum[p], a.activation);
             UNROLL
-            for (int p = 0; p < P; ++p) store(to + p * out_pixel + c, sum[p]);
+            for (int r = 0; r < R; ++r) UNROLL
+            for (int p = 0; p < P; ++p) {
+                if (added) sum[r][p] = add(sum[r][p], load(added + r * added_row + p * added_pixel + c));
+                if (clamps) sum[r][p] = vmin(set1(six ? 6.0f : __builtin_inff()), relu(sum[r][p]));
+                if (sizeof(T) != sizeof(float) && !clamps) sum[r][p] = activate(sum[r][p], a.activation);
+                store(to + r * out_row + p * out_pixel + c, sum[r][p]);
+            }
             weights += (c + W) % PANEL ? W : skip;
         }
     }
 
-    template <int K, int S, int P>
+    template <int K, int S, int P, int R>
     void pixels(int64_t x) const {
-        if (ky_first == 0 && ky_end == K && a.kernel_h == K)
-            pixels<K, S, P, true>(x);
+        const int64_t left = x * S - a.pad_left;
+        if (left < 0 || left + (P - 1) * S + K > a.width)
+            pixels<K, S, P, R, false, true>(x);
+        else if (ky_first == 0 && (R > 1 ? top + (R - 1) * S + K <= a.height : ky_end == K))
+            pixels<K, S, P, R, true, false>(x);
         else
-            pixels<K, S, P, false>(x);
+            pixels<K, S, P, R, false, false>(x);
     }
 
-    template <int K, int S>
-    void row() const {
-        const int64_t inside = min(a.out_width, ceil_div(a.pad_left, S));
-        const int64_t last = a.width + a.pad_left - K;  // the largest left edge inside the image, from the padding's
-        const int64_t outside = max(inside, min(a.out_width, last < 0 ? 0 : last / S + 1));
-        for (int64_t x = 0; x < inside; ++x) pixel(x, first);
-        const Blocks blocks(outside - inside, DEPTHWISE_PIXELS);
+    template <int K, int S, int R>
+    void rows() const {
+        const Blocks blocks(a.out_width, DEPTHWISE_PIXELS);
         for (int64_t b = 0; b < blocks.count; ++b) {
-            const int64_t x = inside + blocks.first(b), count = blocks.first(b + 1) - blocks.first(b);
-            if (count == 4) pixels<K, S, 4>(x);
-            if (count == 3) pixels<K, S, 3>(x);
-            if (count == 2) pixels<K, S, 2>(x);
-            if (count == 1) pixels<K, S, 1>(x);
-            const int64_t rest = first + (end - first) / W * W;
-            for (int64_t i = 0; i < count && rest < end; ++i) pixel(x + i, rest);
+            const int64_t x = blocks.first(b), count = blocks.first(b + 1) - x;
+            if (count == 4) pixels<K, S, 4, R>(x);
+            if (count == 3) pixels<K, S, 3, R>(x);
+            if (count == 2) pixels<K, S, 2, R>(x);
+            if (count == 1) pixels<K, S, 1, R>(x);
         }
-        for (int64_t x = outside; x < a.out_width; ++x) pixel(x, first);
     }
 
-    void run() const {
-        const bool plain = a.dilation_w == 1;
-        if (plain && a.kernel_w == 3 && a.stride_w == 1)
-            row<3, 1>();
-        else if (plain && a.kernel_w == 3 && a.stride_w == 2)
-            row<3, 2>();
-        else if (plain && a.kernel_w == 5 && a.stride_w == 1)
-            row<5, 1>();
-        else if (plain && a.kernel_w == 5 && a.stride_w == 2)
-            row<5, 2>();
-        else
-            for (int64_t x = 0; x < a.out_width; ++x) pixel(x, first);
+    // Channels that fill no vector.
+    void rest() const {
+        const int64_t c = first + (end - first) / W * W;
+        for (int64_t x = 0; x < a.out_width && c < end; ++x) pixel(x, c);
+    }
+
+    void activate_later() const {
         if constexpr (sizeof(T) == sizeof(float))
             if (!clamp && a.activation != NO_ACTIVATION)
                 for (int64_t x = 0; x < a.out_width; ++x) activate_row(a.activation, out(x) + first, end - first);
+    }
+
+    // One row; where the kernel's form is known, all of its rows are there.
+    void run() const {
+        const bool square = a.dilation_w == 1 && a.kernel_h == a.kernel_w && a.stride_w <= 2;
+        if (square && a.kernel_w == 3)
+            a.stride_w == 1 ? rows<3, 1, 1>() : rows<3, 2, 1>();
+        else if (square && a.kernel_w == 5)
+            a.stride_w == 1 ? rows<5, 1, 1>() : rows<5, 2, 1>();
+        else
+            for (int64_t x = 0; x < a.out_width; ++x) pixel(x, first);
+        if (square && (a.kernel_w == 3 || a.kernel_w == 5)) rest();
+        activate_later();
+    }
+
+    // This row and the next by a kernel of 3 x 3 in steps of one.
+    void run_two() const {
+        rows<3, 1, 2>();
+        rest();
+        activate_later();
+        const DepthwiseTask next(a, n * a.out_height + y + 1, first, end);
+        next.rest();
+        next.activate_later();
     }
 };
 
@@ -187,14 +213,20 @@ INLINE void over_lines(int64_t lines, int64_t channels, int64_t work, const Body
         parallel(tasks, task);
 }
 
-static void depthwise(const ConvArgs& a) {
-    const int64_t lines = a.images * a.out_height;
-    over_lines(lines, a.groups, lines * a.out_width * a.groups * a.kernel_h * a.kernel_w,
-               [&](int64_t line, int64_t first, int64_t end) {
-                   a.dtype == BF16 ? DepthwiseTask<bf16>(a, line, first, end).run()
-                                   : DepthwiseTask<float>(a, line, first, end).run();
-               });
+template <class T>
+static void depthwise_of(const ConvArgs& a) {
+    const bool pairs = a.kernel_h == 3 && a.kernel_w == 3 && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
+                       a.dilation_w == 1;
+    const int64_t together = pairs ? 2 : 1, of_image = ceil_div(a.out_height, together);
+    const int64_t work = a.images * a.out_height * a.out_width * a.groups * a.kernel_h * a.kernel_w;
+    over_lines(a.images * of_image, a.groups, work, [&](int64_t index, int64_t first, int64_t end) {
+        const int64_t y = index % of_image * together;
+        const DepthwiseTask<T> task(a, index / of_image * a.out_height + y, first, end);
+        pairs && y + 1 < a.out_height ? task.run_two() : task.run();
+    });
 }
+
+static void depthwise(const ConvArgs& a) { a.dtype == BF16 ? depthwise_of<bf16>(a) : depthwise_of<float>(a); }
 
 }  // namespace TRINE_ISA
 }  // namespace trine

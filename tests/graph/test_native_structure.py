@@ -103,3 +103,28 @@ def test_many_dimensions(isa: str) -> None:
     x = g.input(torch.randn(2, 1, 2, 3, 2, 2, 3, 2, 2, 2))
     turned = g.node("Transpose", x, perm=[9, 7, 5, 3, 1, 8, 6, 4, 2, 0])
     g.check([g.node("Reshape", turned, torch.tensor([-1])), g.node("Add", turned, x)], native=False)
+
+
+def test_images_are_written_where_a_concatenation_wants_them(isa: str) -> None:
+    """Each layer reads all that came before, as in a DenseNet; one of them twice, and pooled."""
+    g = GraphMaker()
+    plain = {"strides": [1, 1], "dilations": [1, 1], "pads": [1] * 4, "group": 1, "activation": "relu"}
+    features = [g.node("FusedConv", g.input(torch.randn(2, 20, 9, 7)), torch.randn(16, 20, 3, 3), None, None, **plain)]
+    for _ in range(3):
+        whole = g.node("Concat", *features, axis=1)
+        weight = torch.randn(8, whole.static_shape[1], 3, 3) / 10
+        features.append(g.node("FusedConv", g.node("Sigmoid", whole), weight, None, None, **plain))
+    pooled = g.node("MaxPool", features[0], kernel_shape=[3, 3], pads=[1] * 4)
+    last = g.node("Concat", *features, pooled, features[1], axis=-3)
+    program = g.check(g.node("Sigmoid", last))
+    copies = [step.node.op for step in program.tape.steps if step.kernel_name == "copy"]
+    assert copies.count("Concat") == 1  # of what stands there twice
+
+
+def test_a_concatenation_that_the_caller_wants(isa: str) -> None:
+    """One result, which another concatenation reads, too; a part is a result itself."""
+    g = GraphMaker()
+    x = g.input(torch.randn(1, 4, 6, 6))
+    pools = [g.node("MaxPool", x, kernel_shape=[k, k], pads=[k // 2] * 4) for k in (1, 3, 5)]
+    whole = g.node("Concat", *pools[:2], axis=1)
+    g.check([g.node("Concat", whole, pools[2], axis=1), whole, pools[2]])

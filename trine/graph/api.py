@@ -166,7 +166,7 @@ class Plan:
             use = memory_use(self.graph)
             return None if use is None else {"total": use.total, "peak": use.peak, "at": use.at}
         program = self._executor.program(tuple(self._usual_shapes()))
-        use = memory_use(program.graph)
+        use = memory_use(program.graph, program.sizes)
         return None if use is None else {"total": use.total, "peak": program.run_bytes, "at": use.at}
 
     def _layer(self, node: Node) -> dict[str, Any]:

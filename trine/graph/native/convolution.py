@@ -194,7 +194,7 @@ def _add(tape: Recorder, node: Node, kernel: str, layout: str, make: Callable[[_
         return False
     x, conv = found
     weight = tape.constant(conv.weight, layout, lambda: make(conv))
-    y = tape.output(node.output, channels_last=True)
+    y = tape.image_output(node.output)
     if y.dtype is not x.dtype or (residual is not None and residual.dtype is not x.dtype):
         return False
     _step(tape, kernel, conv, _image(tape, x), y, weight, residual)
@@ -262,7 +262,7 @@ def direct(tape: Recorder, node: Node) -> bool:
     if not fits:
         return False
     weight = tape.constant(conv.weight, "conv:planar", lambda: _filters(conv.weight.data, 1, True))
-    y = tape.output(node.output, channels_last=True)
+    y = tape.image_output(node.output)
     if y.dtype is not x.dtype or (residual is not None and residual.dtype is not x.dtype):
         return False
     _step(tape, "conv", conv, x, y, weight, residual)
@@ -308,7 +308,7 @@ def transposed(tape: Recorder, node: Node) -> bool:
     data = weight.data  # [channels, filters of a group, height, width]
     if min(pads) < 0 or x.shape[1] != data.shape[0]:
         return False
-    y = tape.output(node.output, channels_last=True)
+    y = tape.image_output(node.output)
     filters, channels = data.shape[1] * group, data.shape[0] // group
     base = _Conv(weight, node.input(2), filters, channels, (1, 1), (1, 1), (1, 1), (0, 0), group, 0)
     x = _image(tape, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 
 from trine.graph.ir import Graph, Node
+from trine.graph.native.narrow import narrow_values
 from trine.graph.native.packed import Packed
-from trine.graph.native.program import Array, NativeProgram
-from trine.graph.native.specialise import specialise
+from trine.graph.native.program import Array, NativeProgram, UnfitSlicesError
+from trine.graph.native.slices import Slices, in_slices, worth_slicing
+from trine.graph.native.specialise import clone, specialise
 from trine.graph.native.tape import Arenas
 from trine.graph.runtime import Kernel
 
@@ -80,19 +83,32 @@ class Executor:
         return self.packed.entries
 
     def _make(self, shapes: Shapes) -> NativeProgram:
-        if self._is_static:
-            return NativeProgram(self.graph, self.packed, self.variants, self.kernel_of, arenas=self._arenas)
-        try:
-            graph, origins = specialise(self.graph, shapes)
-        except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
-            graph, origins = self.graph, {node: node for node in self.graph.nodes}  # the node that fails will say why
+        with suppress(UnfitSlicesError):
+            return self._bound(shapes, sliced=True)
+        return self._bound(shapes, sliced=False)
+
+    def _bound(self, shapes: Shapes, *, sliced: bool) -> NativeProgram:
+        graph, origins = self.graph, {node: node for node in self.graph.nodes}
+        if not self._is_static:
+            try:
+                graph, origins = specialise(self.graph, shapes)
+            except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
+                sliced = False  # the node that fails will say why
+        slices: list[Slices] = []
+        if sliced and not narrow_values(graph) and worth_slicing(graph):
+            graph, copies = clone(graph)
+            slices, parts = in_slices(graph)
+            copies |= {part: copies[node] for part, node in parts.items()}
+            origins = {node: origins[old] for node, old in copies.items() if old in origins}
+        if graph is self.graph:
+            return NativeProgram(graph, self.packed, self.variants, self.kernel_of, arenas=self._arenas)
         variants = {node: self.variants[old] for node, old in origins.items() if old in self.variants}
 
         def kernel_of(node: Node) -> Kernel | None:
             old = origins.get(node)
             return None if old is None else self.kernel_of(old)
 
-        return NativeProgram(graph, self.packed, variants, kernel_of, origins, self._arenas)
+        return NativeProgram(graph, self.packed, variants, kernel_of, origins, self._arenas, slices)
 
 
 def shapes_of(arguments: Sequence[Any]) -> Shapes:

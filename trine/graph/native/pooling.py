@@ -63,7 +63,7 @@ def _pool(
     if min(pads) < 0:
         return False
     x = x if x.strides[1] == 1 or x.shape[1] == 1 else tape.channels_last(x)
-    y = tape.output(node.output, channels_last=True)
+    y = tape.image_output(node.output)
     if y.dtype is not x.dtype:
         return False
     args = PoolArgs(
@@ -182,7 +182,7 @@ def resize(tape: Recorder, node: Node) -> bool:
             return False
         tables[f"{name}_low"], tables[f"{name}_high"], tables[f"{name}_weight"] = mixed
     x = x if x.strides[1] == 1 or x.shape[1] == 1 else tape.channels_last(x)
-    y = tape.output(node.output, channels_last=True)
+    y = tape.image_output(node.output)
     args = ResizeArgs(
         images=x.shape[0], channels=x.shape[1], out_height=y.shape[2], out_width=y.shape[3], **_places(x, y)
     )

@@ -19,6 +19,8 @@ from trine.graph.native.elementwise import may_defer
 from trine.graph.native.narrow import narrow_values
 from trine.graph.native.packed import Packed
 from trine.graph.native.recorder import RULES, PythonItem, Recorder
+from trine.graph.native.slices import Slices, record_slices
+from trine.graph.native.structure import joined
 from trine.graph.native.tape import Arenas, Context, Tape
 from trine.graph.native.tensor import NUMBERS, Tensor
 from trine.graph.runtime import Kernel, bind
@@ -53,11 +55,16 @@ class _Call:
     inputs: list[Value | None]
 
 
+class UnfitSlicesError(Exception):
+    """A node in a loop over images has no kernel."""
+
+
 class NativeProgram:
     """Runs a graph whose inputs have fixed shapes. Several threads may run it at once.
 
     `variants` names the rule to try first for a node; `kernel_of` gives the Python kernel of a node that has no rule;
-    `origins` says of which nodes the graph's are copies; `arenas` may serve several programs.
+    `origins` says of which nodes the graph's are copies; `arenas` may serve several programs. `slices` are loops over
+    images; UnfitSlicesError where they can't be.
     """
 
     def __init__(
@@ -68,13 +75,16 @@ class NativeProgram:
         kernel_of: Callable[[Node], Kernel | None] | None = None,
         origins: Mapping[Node, Node] | None = None,
         arenas: Arenas | None = None,
+        slices: Sequence[Slices] = (),
     ) -> None:
         self._arenas = arenas or Arenas()
         self.graph = graph
         self.origins = {node: node for node in graph.nodes} if origins is None else dict(origins)
         direct = [value for value in dict.fromkeys(graph.outputs) if _plain(value)]
         self._outputs = {value: slot for slot, value in enumerate(direct, 1)}
-        self.recorder = tape = _recorded(graph, packed, self._outputs, variants or {})
+        self.sizes = {value: size for part in slices for value, size in part.sizes().items()}
+        """Bytes of values of loops, for all images."""
+        self.recorder = tape = _recorded(graph, packed, self._outputs, variants or {}, slices)
         arena = tape.finish(graph.outputs)
         self.tape = Tape(tape.steps, arena, tape.slots)
         self._items = self._plan(kernel_of or (lambda node: None))
@@ -295,14 +305,27 @@ class NativeProgram:
         return value.data if value.is_constant else made[value]
 
 
-def _recorded(graph: Graph, packed: Packed, outputs: Mapping[Value, int], variants: Mapping[Node, str]) -> Recorder:
+def _recorded(
+    graph: Graph,
+    packed: Packed,
+    outputs: Mapping[Value, int],
+    variants: Mapping[Node, str],
+    slices: Sequence[Slices],
+) -> Recorder:
     """The whole graph. Python knows nothing of values in bfloat16: where it would meet one, there are none."""
+    inside = {node: part for part in slices for node in part.nodes}
     for narrow in (narrow_values(graph), frozenset[Value]()):
         tape = Recorder(packed, outputs, slots=1 + len(outputs))
         tape.may_defer, tape.narrow = may_defer(graph), narrow
+        tape.joined = {} if narrow else joined(graph)
         for node in graph.nodes:
-            if not record(tape, node, variants.get(node)):
-                tape.python(node)
+            if node not in inside:
+                if not record(tape, node, variants.get(node)):
+                    tape.python(node)
+                continue
+            begins = node is inside[node].nodes[0]
+            if begins and not record_slices(tape, inside[node], lambda part: record(tape, part, variants.get(part))):
+                raise UnfitSlicesError
         called = [item.node for item in tape.items if isinstance(item, PythonItem)]
         if narrow.isdisjoint(value for node in called for value in (*node.reads(), *node.outputs)):
             break

@@ -18,7 +18,7 @@ from trine.graph.dtypes import DType
 from trine.graph.ir import Node, Value
 from trine.graph.native.arena import place
 from trine.graph.native.packed import Packed, constant_tensor
-from trine.graph.native.tape import Step, find_kernel
+from trine.graph.native.tape import Loop, Step, find_kernel
 from trine.graph.native.tensor import (
     NUMBERS,
     Buffer,
@@ -40,6 +40,15 @@ def native(op: str, variant: str = "native") -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A value is the part from `start` on, along `axis`, of a larger one."""
+
+    whole: Value
+    start: int
+    axis: int = 1
 
 
 @dataclass(eq=False)
@@ -69,17 +78,22 @@ class Recorder:
     may_defer: Collection[Node] = ()
     narrow: Collection[Value] = ()
     """Values of float32 that lie in bfloat16 between kernels (narrow.py)."""
+    joined: dict[Value, Joined] = field(default_factory=dict)
+    """Images that kernels may write to where a concatenation wants them (structure.py)."""
+    loop: Loop | None = None
+    """That steps belong to which are added now."""
     node: Node | None = None
-    _copies: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    copies: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _direct: dict[Value, Buffer] = field(default_factory=dict)
     _constants: dict[Value, Tensor] = field(default_factory=dict)
+    _wholes: dict[Value, Tensor] = field(default_factory=dict)
 
     def record(self, node: Node, rule: Rule) -> bool:
         """Apply a rule; whether it did. Nothing is left of one that gave up."""
         if any(0 in (value.shape or ()) for value in (*node.inputs, *node.outputs) if value is not None):
             return False  # empty tensors, which kernels would divide by
         self.node = node
-        steps, items, copies, deferred = len(self.steps), len(self.items), dict(self._copies), dict(self.deferred)
+        steps, items, copies, deferred = len(self.steps), len(self.items), dict(self.copies), dict(self.deferred)
         try:
             applies = rule(self, node)
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
@@ -89,7 +103,7 @@ class Recorder:
         self.deferred = deferred
         del self.steps[steps:]
         del self.items[items:]
-        self._copies = copies
+        self.copies = copies
         for value in node.outputs:
             self.tensors.pop(value, None)
         return False
@@ -152,11 +166,11 @@ class Recorder:
         from trine.graph.native.structure import copy
 
         key = (tensor.buffer, tensor.offset, tensor.shape, tensor.strides, tensor.dtype, strides)
-        if key not in self._copies:
+        if key not in self.copies:
             made = self._new(tensor.dtype, tensor.shape, strides)
             copy(self, tensor, made)
-            self._copies[key] = made
-        return self._copies[key]
+            self.copies[key] = made
+        return self.copies[key]
 
     def output(self, value: Value, *, channels_last: bool = False, order: Sequence[int] | None = None) -> Tensor:
         """Memory for a result of the node. `order` are its axes as they shall lie, the outermost first."""
@@ -175,6 +189,23 @@ class Recorder:
             self._direct[value] = made.buffer
         self.tensors[value] = made
         return made
+
+    def image_output(self, value: Value) -> Tensor:
+        """As `output`, channels innermost, for a kernel that writes each pixel where its strides say."""
+        if value not in self.joined:
+            return self.output(value, channels_last=True)
+        self.tensors[value] = self.whole(value)
+        return self.tensors[value]
+
+    def whole(self, value: Value) -> Tensor:
+        """Memory for a value that is joined to another, or for all that is joined to this one."""
+        shape, place = value.static_shape, self.joined.get(value)
+        assert shape is not None
+        if place is not None:
+            return self.whole(place.whole).slice(place.axis, place.start, shape[place.axis])
+        if value not in self._wholes:
+            self._wholes[value] = self._new(DType.FLOAT32, shape, channels_last_strides(shape))
+        return self._wholes[value]
 
     def alias(self, value: Value, tensor: Tensor) -> None:
         """A result of the node is a view of memory that is there already."""
@@ -221,7 +252,8 @@ class Recorder:
             found[name if isinstance(name, int) else getattr(type(args), name).offset] = tensor
         allowed = tuple(pair for pair in in_place if _may_share(pair[0], pair[1], found.values()))
         assert self.node is not None
-        step = Step(kernel, find_kernel(kernel, type(args)), args, found, self.node, allowed, len(self.items))
+        time = len(self.items)
+        step = Step(kernel, find_kernel(kernel, type(args)), args, found, self.node, allowed, time, self.loop)
         self.steps.append(step)
         self.items.append(step)
 
@@ -252,6 +284,10 @@ class Recorder:
                     buffer.first = item.time if buffer not in buffers else buffer.first
                     buffer.last = item.time
                     buffers.setdefault(buffer)
+        for step in self.steps:  # what holds all images is needed from the first one's begin to the last one's end
+            for buffer in () if step.loop is None else step.loop.moving:
+                if buffer in buffers:
+                    buffer.first, buffer.last = min(buffer.first, step.time), max(buffer.last, step.time)
         return list(buffers)
 
     def _touched(self, item: Step | PythonItem) -> list[Buffer]:
@@ -262,10 +298,13 @@ class Recorder:
     def _merge(self) -> None:
         """Results that may take their operand's place do."""
         for step in self.steps:
+            moving = {} if step.loop is None else step.loop.moving
             for read, written in step.in_place:
                 source, target = read.buffer.root, written.buffer
                 if (
-                    source.in_arena
+                    source not in moving
+                    and target not in moving
+                    and source.in_arena
                     and target.in_arena
                     and target.parent is None
                     and source is not target

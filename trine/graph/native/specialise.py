@@ -17,12 +17,17 @@ def specialise(graph: Graph, shapes: Sequence[tuple[int, ...] | None]) -> tuple[
 
     Constants are shared. Nodes that the passes made new are in no mapping.
     """
-    clone, origins = _clone(graph, {})
-    for value, shape in zip(clone.inputs, shapes, strict=True):
+    copy, origins = clone(graph)
+    for value, shape in zip(copy.inputs, shapes, strict=True):
         value.shape = value.shape if shape is None else shape
     for run in (infer_shapes, fold_constants, simplify, remove_dead_nodes, infer_shapes):
-        run(clone)
-    return clone, origins
+        run(copy)
+    return copy, origins
+
+
+def clone(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A copy of `graph`, and the node that each of its nodes copies. Constants are shared."""
+    return _clone(graph, {})
 
 
 def _clone(graph: Graph, values: dict[Value, Value]) -> tuple[Graph, dict[Node, Node]]:

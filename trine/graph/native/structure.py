@@ -7,10 +7,10 @@ from dataclasses import replace
 from math import prod
 
 from trine.graph.dtypes import DType
-from trine.graph.ir import Node, Value
+from trine.graph.ir import Graph, Node, Value
 from trine.graph.native.args import CHAIN_BLOCK, COPY_DIMS, ChainArgs, CopyArgs, GatherArgs
 from trine.graph.native.elementwise import CODES
-from trine.graph.native.recorder import Recorder, native
+from trine.graph.native.recorder import Joined, Recorder, native
 from trine.graph.native.tensor import Tensor, collapse
 
 
@@ -233,6 +233,38 @@ def _rearranged(tape: Recorder, node: Node, x: Tensor, shape: Sequence[int], ord
     return True
 
 
+_IMAGE_MAKERS = frozenset(
+    ["Conv", "FusedConv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "Resize"]
+)
+"""Operators whose rules ask for `image_output`."""
+
+
+def joined(graph: Graph) -> dict[Value, Joined]:
+    """What kernels can write straight to where a concatenation of channels wants it.
+
+    Something that several concatenate goes to the longest of them: where each layer reads all that came before, the
+    others are the beginnings of the last.
+    """
+    found: dict[Value, Joined] = {}
+    concats = [node for node in graph.nodes if node.op == "Concat" and _joins_channels(node)]
+    for node in sorted(concats, key=lambda node: -len(node.inputs)):
+        start = 0
+        for value in node.inputs:
+            assert value is not None
+            assert value.static_shape is not None
+            maker = value.producer
+            if maker is not None and maker.op in _IMAGE_MAKERS and value not in graph.outputs:
+                found.setdefault(value, Joined(node.output, start))
+            start += value.static_shape[1]
+    return {value: place for value, place in found.items() if place.whole not in graph.outputs}
+
+
+def _joins_channels(node: Node) -> bool:
+    values = [node.output, *(value for value in node.inputs if value is not None)]
+    images = all(value.rank == 4 and value.static_shape and value.dtype is DType.FLOAT32 for value in values)
+    return images and node.attributes["axis"] in (1, -3) and len(values) == len(node.inputs) + 1
+
+
 @native("Concat")
 def concat(tape: Recorder, node: Node) -> bool:
     parts = [tape.tensor(value) for value in node.inputs]
@@ -241,13 +273,35 @@ def concat(tape: Recorder, node: Node) -> bool:
     known = [part for part in parts if part is not None]
     if len(known) != len(parts):
         return False
-    last = len(node.output.static_shape) == 4 and any(
-        part.is_channels_last and not part.is_contiguous for part in known
-    )
-    whole = tape.output(node.output, channels_last=last)
-    axis, start = node.attributes["axis"] % len(whole.shape), 0
+    axis = node.attributes["axis"] % len(node.output.static_shape)
+    neighbours = _neighbours(known, axis)
+    if neighbours is not None:
+        tape.alias(node.output, neighbours)
+        return True
+    if any(place.whole is node.output for place in tape.joined.values()):
+        whole = tape.whole(node.output)
+        tape.alias(node.output, whole)
+    else:
+        last = len(node.output.static_shape) == 4 and any(
+            part.is_channels_last and not part.is_contiguous for part in known
+        )
+        whole = tape.output(node.output, channels_last=last)
+    start = 0
     for part in known:
-        if part.count:
-            copy(tape, part, whole.slice(axis, start, part.shape[axis]))
+        target = whole.slice(axis, start, part.shape[axis])
+        if part.count and part != target:
+            copy(tape, part, target)
         start += part.shape[axis]
     return True
+
+
+def _neighbours(parts: Sequence[Tensor], axis: int) -> Tensor | None:
+    """What the parts are together where they lie side by side in one buffer already."""
+    first, count = parts[0], 0
+    for part in parts:
+        here = first.offset + count * first.strides[axis]
+        lies = part.buffer is first.buffer and part.strides == first.strides and part.offset == here
+        if not lies or part.shape[:axis] + part.shape[axis + 1 :] != first.shape[:axis] + first.shape[axis + 1 :]:
+            return None
+        count += part.shape[axis]
+    return replace(first, shape=(*first.shape[:axis], count, *first.shape[axis + 1 :]))

@@ -6,7 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from trine.core.errors import InsufficientMemoryError
 from trine.graph.ir import Node
 from trine.graph.native.arena import aligned
-from trine.graph.native.tensor import Tensor
+from trine.graph.native.tensor import Buffer, Tensor
 from trine.kernels.cpu.native import load
 
 _ALIGNMENT = 64
@@ -35,6 +35,15 @@ class Step:
     in_place: tuple[tuple[Tensor, Tensor], ...] = ()
     """(read, written): the result may lie where the operand lies."""
     time: int = 0
+    loop: Loop | None = None
+
+
+@dataclass(eq=False)
+class Loop:
+    """Steps that run `count` times; buffers in `moving` move on by so many bytes each time."""
+
+    count: int
+    moving: dict[Buffer, int] = field(default_factory=dict)
 
 
 class _Step(ctypes.Structure):
@@ -46,13 +55,22 @@ class _Step(ctypes.Structure):
 class _Pointer(ctypes.Structure):
     """TapePointer in csrc/tape.h."""
 
-    _fields_ = (("place", c_int64), ("base", c_int64), ("offset", c_int64))
+    _fields_ = (("place", c_int64), ("base", c_int64), ("offset", c_int64), ("advance", c_int64))
+
+
+class _Loop(ctypes.Structure):
+    """TapeLoop in csrc/tape.h."""
+
+    _fields_ = tuple((name, c_int64) for name in ("first", "end", "count", "first_pointer", "end_pointer"))
 
 
 class _Tape(ctypes.Structure):
     """Tape in csrc/tape.h."""
 
-    _fields_ = (("steps", c_void_p), ("pointers", c_void_p), ("step_count", c_int64), ("pointer_count", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("steps", "pointers", "loops")),
+        *((name, c_int64) for name in ("step_count", "pointer_count", "loop_count")),
+    )
 
 
 def library() -> ctypes.CDLL:
@@ -89,8 +107,12 @@ class Tape:
             places.append(size)
             size += -(-ctypes.sizeof(step.args) // _ALIGNMENT) * _ALIGNMENT
         self.args = bytearray(size)
-        pointers: list[tuple[int, int, int]] = []
-        for step, start in zip(steps, places, strict=True):
+        pointers: list[tuple[int, int, int, int]] = []
+        loops: dict[Loop, _Loop] = {}
+        for index, (step, start) in enumerate(zip(steps, places, strict=True)):
+            moving = {} if step.loop is None else step.loop.moving
+            if step.loop is not None and step.loop not in loops:
+                loops[step.loop] = _Loop(index, index, step.loop.count, len(pointers))
             self.args[start : start + ctypes.sizeof(step.args)] = bytes(step.args)
             for place, tensor in step.pointers.items():
                 offset = tensor.offset * tensor.itemsize
@@ -99,12 +121,17 @@ class Tape:
                         8, "little"
                     )
                 else:
-                    pointers.append((start + place, tensor.buffer.slot, tensor.buffer.root.offset + offset))
+                    buffer = tensor.buffer
+                    pointers.append((start + place, buffer.slot, buffer.root.offset + offset, moving.get(buffer, 0)))
+            if step.loop is not None:
+                loops[step.loop].end, loops[step.loop].end_pointer = index + 1, len(pointers)
         self._steps = (_Step * max(1, len(steps)))(
             *(_Step(step.kernel, start) for step, start in zip(steps, places, strict=True))
         )
         self._pointers = (_Pointer * max(1, len(pointers)))(*(_Pointer(*pointer) for pointer in pointers))
-        self._tape = _Tape(ctypes.addressof(self._steps), ctypes.addressof(self._pointers), len(steps), len(pointers))
+        self._loops = (_Loop * max(1, len(loops)))(*loops.values())
+        arrays = (ctypes.addressof(array) for array in (self._steps, self._pointers, self._loops))
+        self._tape = _Tape(*arrays, len(steps), len(pointers), len(loops))
         self._run = library().trine_tape_run
 
     def run(self, context: Context, first: int, end: int, times: Any = None) -> int:
