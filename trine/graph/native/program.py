@@ -313,23 +313,25 @@ def _recorded(
     slices: Sequence[Slices],
 ) -> Recorder:
     """The whole graph. Python knows nothing of values in bfloat16: where it would meet one, there are none."""
-    inside = {node: part for part in slices for node in part.nodes}
     for narrow in (narrow_values(graph), frozenset[Value]()):
         tape = Recorder(packed, outputs, slots=1 + len(outputs))
         tape.may_defer, tape.narrow = may_defer(graph), narrow
         tape.joined = {} if narrow else joined(graph)
-        for node in graph.nodes:
-            if node not in inside:
-                if not record(tape, node, variants.get(node)):
-                    tape.python(node)
-                continue
-            begins = node is inside[node].nodes[0]
-            if begins and not record_slices(tape, inside[node], lambda part: record(tape, part, variants.get(part))):
-                raise UnfitSlicesError
+        _record_nodes(tape, graph, variants, slices)
         called = [item.node for item in tape.items if isinstance(item, PythonItem)]
         if narrow.isdisjoint(value for node in called for value in (*node.reads(), *node.outputs)):
             break
     return tape
+
+
+def _record_nodes(tape: Recorder, graph: Graph, variants: Mapping[Node, str], slices: Sequence[Slices]) -> None:
+    begins, inside = {part.nodes[0]: part for part in slices}, {node for part in slices for node in part.nodes}
+    for node in graph.nodes:
+        if node in begins:
+            if not record_slices(tape, begins[node], lambda part: record(tape, part, variants.get(part))):
+                raise UnfitSlicesError
+        elif node not in inside and not record(tape, node, variants.get(node)):
+            tape.python(node)
 
 
 def record(tape: Recorder, node: Node, variant: str | None = None) -> bool:
