@@ -201,6 +201,14 @@ def test_fuse_convolution_takes_the_residual_and_the_activation() -> None:
     assert after(made, "fuse_convolution") == {"FusedConv": 1}
 
 
+def test_lift_convolution_over_one_dimension() -> None:
+    attributes = {"strides": [2], "pads": [1, 2], "dilations": [2], "group": 2}
+    made = model(
+        [node("Conv", "x w b", "y", **attributes)], {"x": [2, 4, 15]}, ["y"], {"w": weights(6, 2, 3), "b": weights(6)}
+    )
+    assert after(made, "lift_convolution", "fuse_convolution") == {"Unsqueeze": 1, "FusedConv": 1, "Squeeze": 1}
+
+
 def test_fuse_convolution_leaves_a_sum_that_broadcasts() -> None:
     made = convolution(node("GlobalAveragePool", "x", "p"), node("Add", "c p", "y"))
     assert after(made, "fuse_convolution") == {"FusedConv": 1, "GlobalAveragePool": 1, "Add": 1}

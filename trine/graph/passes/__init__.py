@@ -16,7 +16,7 @@ from trine.graph.passes.attention import fuse_attention
 from trine.graph.passes.batch_norm import fold_batch_norm, lower_batch_norm
 from trine.graph.passes.cleanup import merge_common_subexpressions, remove_dead_nodes
 from trine.graph.passes.constants import fold_constants
-from trine.graph.passes.convolution import fuse_convolution
+from trine.graph.passes.convolution import fuse_convolution, lift_convolution
 from trine.graph.passes.gelu import fuse_gelu, fuse_silu
 from trine.graph.passes.hoist import hoist_activations
 from trine.graph.passes.linear import fuse_linear
@@ -49,6 +49,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_attention,
     link_quantized_weights,
     fold_padding,
+    lift_convolution,
     fuse_convolution,
     fuse_linear,
     fold_scale,

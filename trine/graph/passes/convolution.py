@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from trine.graph.dtypes import DType
-from trine.graph.ir import Graph, Node, Value
-from trine.graph.passes.pattern import remove_unread, replace_node
+from trine.graph.ir import Graph, Node, Value, constant
+from trine.graph.passes.pattern import insert_before, remove_unread, replace_node
 
 _SIMPLE = {"Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "HardSwish": "hardswish"}
 
@@ -22,6 +24,35 @@ def activation_of(node: Node) -> str:
     if node.op == "Gelu":
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(node.attributes.get("approximate", "none"), "")
     return "silu" if node.op == "Swish" and node.attributes.get("alpha", 1.0) == 1 else ""
+
+
+def lift_convolution(graph: Graph) -> Graph:
+    """A convolution over one dimension, in float32 with a constant weight, as one over images of one row."""
+    for node in list(graph.nodes):
+        for subgraph in node.subgraphs:
+            lift_convolution(subgraph)
+        x, weight, a = node.input(0), node.input(1), node.attributes
+        if node.op != "Conv" or x is None or x.rank != 3 or x.dtype is not DType.FLOAT32:
+            continue
+        if weight is None or not weight.is_constant or a.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            continue
+        kernel = constant(f"{weight.name}.row", weight.data[:, :, None])
+        height = constant(f"{node.output.name}.axis", torch.tensor([2]))
+        assert x.shape is not None
+        image = insert_before(graph, node, Node("Unsqueeze", [x, height], []))
+        image.dtype, image.shape = x.dtype, (*x.shape[:2], 1, x.shape[2])
+        pads = list(a.get("pads") or [0, 0])
+        attributes: dict[str, Any] = {
+            **{key: a[key] for key in ("auto_pad", "group") if key in a},
+            "strides": [1, *(a.get("strides") or [1])],
+            "dilations": [1, *(a.get("dilations") or [1])],
+            "pads": [0, pads[0], 0, pads[1]],
+        }
+        row = insert_before(graph, node, Node("Conv", [image, kernel, *node.inputs[2:]], [], attributes))
+        if node.output.shape is not None:
+            row.dtype, row.shape = x.dtype, (*node.output.shape[:2], 1, node.output.shape[2])
+        replace_node(graph, node, Node("Squeeze", [row, height], []))
+    return graph
 
 
 def fuse_convolution(graph: Graph) -> Graph:
