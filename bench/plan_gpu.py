@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -98,6 +97,22 @@ def measure_alone() -> None:
                 return _original(*args, **kwargs)
 
         owner.benchmark_gpu = held  # type: ignore[method-assign]
+
+
+def compile_candidates_in_threads() -> None:
+    """Of this process: what Inductor's compiling processes make of candidates it does not find again (torch 2.11), and
+    compiles a second time, one by one, while it measures.
+    """
+    from torch._inductor import config
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    original = AlgorithmSelectorCache.make_precompile_fn
+
+    def in_threads(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(compile_threads=1):
+            return original(*args, **kwargs)
+
+    AlgorithmSelectorCache.make_precompile_fn = in_threads  # type: ignore[method-assign]
 
 
 def inputs_of(name: str, batch: int) -> tuple[torch.Tensor, ...]:
@@ -281,9 +296,7 @@ class Bench:
         command = [sys.executable, __file__, "--model", build.name, "--batch", str(build.batch), "--dtype", build.dtype,
                    "--folder", str(folder), "--only", build.who] + ["--inductor"] * self.args.inductor  # fmt: skip
         if build.who != "trine":
-            # named for all of Inductor's processes: what its compilers make is then found by the one that measures
-            library = Path(triton.__file__).parent / "backends" / "nvidia" / "lib" / "libdevice.10.bc"
-            environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TRITON_LIBDEVICE_PATH": str(library)}
+            environment.pop("TRITON_CACHE_DIR", None)  # Inductor keeps its kernels in its own folder
         build.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             start_new_session=True,
@@ -437,10 +450,8 @@ def peer_from_cache(
     if path.exists():
         torch.compiler.load_cache_artifacts(path.read_bytes())
     else:
-        os.nice(10)  # compilers step back behind those who measure
-        AsyncCompile.wait_pool_ready()  # else candidates are compiled by threads of this process
-        with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
+        AsyncCompile.wait_pool_ready()  # for all kernels but candidates
+        compile_candidates_in_threads()
     result = peer(name, batch, DTYPES[dtype], args.only)
     hits, misses = (counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss"))
     facts["note"] = f", graphs from the cache {hits}, new {misses}"
