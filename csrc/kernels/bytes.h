@@ -64,22 +64,54 @@ INLINE void finish_vector(const Finish& f, vf sum, int64_t row, int64_t column, 
     store_bytes(static_cast<char*>(f.out) + place, mul(y, set1(f.out_inverse)), n, f.out_dtype, f.out_zero);
 }
 
-// Whether finish_bytes does all of it.
-INLINE bool is_simple(const Finish& f) {
-    return f.out_dtype != F32 && f.activation <= RELU6 && !f.columns && (!f.residual || f.residual_dtype != F32) && f.scale;
+// 16 floats to the nearest integers, plus zero, held to [low, high], as bytes.
+INLINE __m128i to_bytes(const vf (&y)[16 / W], const Finish& f) {
+    const vf most = set1(65536.0f);  // beyond any byte, and within what converts to an integer, as is the other side
+#if defined(__AVX512F__)
+    const vi q = _mm512_add_epi32(to_int(vmin(most, vmax(sub(zero(), most), y[0]))), set1i(f.out_zero));
+    return _mm512_cvtepi32_epi8(_mm512_max_epi32(set1i(f.low), _mm512_min_epi32(set1i(f.high), q)));
+#else
+    const vi packed = _mm256_packs_epi32(to_int(vmin(most, y[0])), to_int(vmin(most, y[1])));
+    vi words = _mm256_adds_epi16(packed, _mm256_set1_epi16(static_cast<int16_t>(f.out_zero)));
+    words = _mm256_max_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(f.low)));
+    words = _mm256_min_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(f.high)));
+    const vi bytes = f.out_dtype == INT8 ? _mm256_packs_epi16(words, words) : _mm256_packus_epi16(words, words);
+    // Lanes hold columns 0-3 and 8-11, 4-7 and 12-15.
+    return _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+#endif
 }
 
-// 16 floats, within 65536 of zero, as store_bytes.
-INLINE void store_panel(char* p, const vf (&y)[16 / W], DType dtype, int32_t zero) {
-#if defined(__AVX512F__)
-    store_bytes(p, y[0], W, dtype, zero);
-#else
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(to_int(y[0]), to_int(y[1])), 0xd8);
-    words = _mm256_adds_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(zero)));
-    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     dtype == INT8 ? _mm_packs_epi16(low, high) : _mm_packus_epi16(low, high));
-#endif
+// Bytes out of `in_steps`: `rows` rows of 16 sums at c, of which n columns exist. shares: what is taken off first, or null.
+static void finish_bytes(const Finish& f, const int32_t* c, int64_t ldc, int64_t rows, int64_t first, int64_t column,
+                         int64_t at, int64_t n, const int32_t* shares) {
+    constexpr int V = 16 / W;
+    vf scale[V], bias[V];
+    vi share[V];
+    UNROLL
+    for (int v = 0; v < V; ++v) {
+        scale[v] = load(f.scale + at + v * W);
+        bias[v] = f.bias ? load(f.bias + at + v * W) : zero();
+        share[v] = shares ? loadi(shares + at + v * W) : zeroi();
+    }
+    const char* residual = static_cast<const char*>(f.residual) + first * f.residual_stride + column;
+    char* out = static_cast<char*>(f.out) + first * f.out_stride + column;
+    for (int64_t r = 0; r < rows; ++r, residual += f.residual_stride, out += f.out_stride) {
+        vf y[V];
+        UNROLL
+        for (int v = 0; v < V; ++v) {
+            y[v] = fma(to_float(subi(loadi(c + r * ldc + v * W), share[v])), scale[v], bias[v]);
+            if (f.residual && v * W < n)
+                y[v] = fma(bytes_to_float(residual + v * W, n - v * W, f.residual_dtype, 0), set1(f.residual_scale), y[v]);
+        }
+        const __m128i bytes = to_bytes(y, f);
+        if (n >= 16) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+        } else {
+            alignas(16) char rest[16];
+            _mm_store_si128(reinterpret_cast<__m128i*>(rest), bytes);
+            memcpy(out, rest, n);
+        }
+    }
 }
 
 // Pixels [first, end) of one image, the channels turned inwards.

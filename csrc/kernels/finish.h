@@ -7,36 +7,6 @@
 namespace trine {
 namespace TRINE_ISA {
 
-// As finish_vector for the rows of one panel: bytes out of sums, with what is constant for a column in registers.
-template <class Core>
-static void finish_bytes(const WindowArgs& a, const Core& core, const typename Core::Sum* c, int64_t ldc, int64_t rows,
-                         int64_t first, int64_t column, int64_t at) {
-    const Finish& f = a.finish;
-    constexpr int V = PANEL / W;
-    const vf inverse = set1(f.out_inverse), low = set1(f.activation == NO_ACTIVATION ? -65536.0f : 0.0f);
-    const vf high = set1(f.activation == RELU6 ? 6.0f * f.out_inverse : 65536.0f);
-    const float step = f.residual ? f.residual_scale * f.out_inverse : 0.0f;
-    vf scale[V], bias[V];
-    UNROLL
-    for (int v = 0; v < V; ++v) {
-        scale[v] = mul(load(f.scale + at + v * W), inverse);
-        bias[v] = f.bias ? mul(load(f.bias + at + v * W), inverse) : zero();
-        bias[v] = sub(bias[v], set1(step * f.residual_zero));
-    }
-    const char* residual = static_cast<const char*>(f.residual) + first * f.residual_stride + column;
-    char* out = static_cast<char*>(f.out) + first * f.out_stride + column;
-    for (int64_t r = 0; r < rows; ++r, residual += f.residual_stride, out += f.out_stride) {
-        vf y[V];
-        UNROLL
-        for (int v = 0; v < V; ++v) {
-            y[v] = fma(core.total(c + r * ldc + v * W, a, at + v * W), scale[v], bias[v]);
-            if (f.residual) y[v] = fma(bytes_to_float(residual + v * W, W, f.residual_dtype, 0), set1(step), y[v]);
-            y[v] = vmin(high, vmax(low, y[v]));
-        }
-        store_panel(out, y, f.out_dtype, f.out_zero);
-    }
-}
-
 // As finish_vector for rows of floats, or of bf16: `columns` of a panel.
 template <class Residual, class Out, class Core>
 static void finish_floats(const WindowArgs& a, const Core& core, const typename Core::Sum* c, int64_t ldc, int64_t rows,
@@ -63,7 +33,8 @@ template <class Core>
 static void finish_run(const WindowArgs& a, const Core& core, const typename Core::Sum* c, int64_t ldc, int64_t rows,
                        int64_t first, int64_t column, int64_t at, int64_t columns) {
     const Finish& f = a.finish;
-    if (columns == PANEL && is_simple(f)) return finish_bytes(a, core, c, ldc, rows, first, column, at);
+    if (f.in_steps)  // of integers
+        return finish_bytes(f, reinterpret_cast<const int32_t*>(c), ldc, rows, first, column, at, columns, core.shares_left(a));
     if ((!f.residual || f.residual_dtype <= BF16) && f.out_dtype <= BF16 && !f.columns) {
         const bool narrow = f.residual && f.residual_dtype == BF16;
         if (f.out_dtype == F32)

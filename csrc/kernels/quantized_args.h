@@ -6,6 +6,8 @@
 namespace trine {
 
 // How sums become results: y = activation(sum * scale + bias + residual) * columns, as float32, or rounded to 8 bits.
+// With `in_steps` all of it counts in steps of the result, residual_zero is in the bias, out_inverse in the scales, and
+// instead of an activation results are held to [low, high]: results and residuals are bytes, without columns.
 struct Finish {
     const float* scale;    // [groups][panels * 16] or null: 1
     const float* bias;     // as scale, or null
@@ -17,14 +19,16 @@ struct Finish {
     int32_t out_zero, residual_zero;
     float out_inverse, residual_scale;  // 1 / scale of the result, scale of the residual
     Activation activation;
+    int32_t in_steps, low, high;
 };
 
 // out = finish(conv(x - x_zero, weight)): images with their channels innermost, results as rows of pixels. A product by
 // a matrix is a convolution by 1 x 1 over one line of pixels. `channels` and `filters` are those of one group.
 //
 // weight: [groups][panels][k in steps][16][step], the last panel filled up with zeros, k = (y, x, channel) padded with
-// zeros to `depth`. int8: steps of 4, or of 2 if `wide` (on AVX2: two neighbouring products may not fit 16 bits); bf16:
-// of 2. shares [groups][panels * 16]: the zero point times each filter's sum of weights.
+// zeros to `depth`. int8: steps of 4, or of 2 where `fits` is 1; bf16: of 2. `fits` says what AVX2 may add in 16 bits: 2,
+// two neighbours' products with bytes; 4, those of a step and of the next one, too (`depth` is a multiple of 8); 1, none.
+// shares [groups][panels * 16]: the zero point times each filter's sum of weights, taken away.
 // Depthwise (channels and filters are 1, groups the channels): see depthwise8. Planar images and steps between lines are
 // for bf16 on tiles (tile_conv.h).
 struct WindowArgs {
@@ -41,7 +45,7 @@ struct WindowArgs {
     int64_t out_step;    // lines of the result from one written to the next; 0: 1
     DType x_dtype;
     int32_t x_zero;
-    int32_t wide;
+    int32_t fits;
 };
 
 // The greatest byte of each window; padding never is.

@@ -16,7 +16,7 @@ static void quantized_conv(const WindowArgs& a) {
 #elif defined(__AVX512F__)
     windows<ByteCore>(a);
 #else
-    a.wide ? windows<WordCore>(a) : windows<ByteCore>(a);
+    a.fits == 1 ? windows<WordCore>(a) : windows<ByteCore>(a);
 #endif
 }
 

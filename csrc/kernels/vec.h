@@ -99,6 +99,7 @@ INLINE void store(bf16* p, vf x) {
 INLINE vi widen_int8(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void storei(void* p, vi x) { _mm512_storeu_si512(p, x); }
 INLINE vi zeroi() { return _mm512_setzero_si512(); }
+INLINE vi subi(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 INLINE vi broadcast64(const void* p) { return _mm512_set1_epi64(*static_cast<const int64_t*>(p)); }
 INLINE vi dot_pairs(vi sum, vi a, vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
 // Neighbouring lanes added: the 16 sums of a panel from two vectors.
@@ -184,6 +185,7 @@ INLINE void store(bf16* p, vf x) {
 INLINE vi widen_int8(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 INLINE void storei(void* p, vi x) { _mm256_storeu_si256((__m256i*)p, x); }
 INLINE vi zeroi() { return _mm256_setzero_si256(); }
+INLINE vi subi(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 INLINE vi broadcast64(const void* p) { return _mm256_set1_epi64x(*static_cast<const int64_t*>(p)); }
 INLINE vi dot_pairs(vi sum, vi a, vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 // Neighbouring lanes added: the 16 sums of a panel from four vectors.

@@ -86,7 +86,8 @@ struct WordCore {
         functions[rows - 1](x, stride, w, pairs, c, more);
     }
 
-    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t, int64_t depth, Sum* c) const {
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t, int64_t depth, Sum* c,
+                 const int32_t*) const {
         if (rows <= rows_at_once) return block<false>(rows, x, stride, w, depth / 2, c, false);
         alignas(64) int16_t wide[slice * PANEL];
         const Blocks blocks(rows, rows_at_once);
@@ -100,12 +101,14 @@ struct WordCore {
             }
         }
     }
+    const int32_t* shares_left(const WindowArgs&) const { return nullptr; }
     vf total(const Sum* c, const WindowArgs&, int64_t) const { return to_float(loadi(c)); }
 };
 #endif
 
 // Rows of unsigned bytes times int8 weights, four products a lane; the zero point's share is a filter's own constant.
-// AVX2 sums two products in 16 bits first, which saturate: its weights are such that they don't (native/quantized.py).
+// AVX2 sums two products in 16 bits, which saturate: its weights are such that they don't. Where four fit (`fits`), it
+// widens half as often: of each 64 products, 3 instructions multiply instead of 4.
 struct ByteCore {
     using Row = uint8_t;
     using Sum = int32_t;
@@ -115,13 +118,15 @@ struct ByteCore {
 #else
     static constexpr int64_t panels_at_once = 1;
     static constexpr int64_t slice = 1024;  // of k: 16 KiB of weights
+    static constexpr int64_t rows_of_four = 4;  // more don't leave registers for two products to be added
 #endif
     static constexpr int64_t weight_bytes = 1;
     uint8_t flip;  // signed bytes become unsigned ones, 128 more
     int32_t zero;
+    bool four;
 
     explicit ByteCore(const WindowArgs& a)
-        : flip(a.x_dtype == INT8 ? 0x80 : 0), zero(a.x_zero + (a.x_dtype == INT8 ? 128 : 0)) {}
+        : flip(a.x_dtype == INT8 ? 0x80 : 0), zero(a.x_zero + (a.x_dtype == INT8 ? 128 : 0)), four(a.fits == 4) {}
     Row padding() const { return static_cast<Row>(zero); }
     int64_t element() const { return 1; }
     const Row* direct(const WindowArgs& a) const { return flip ? nullptr : static_cast<const Row*>(a.x); }
@@ -160,7 +165,8 @@ struct ByteCore {
         tile_store<3>(c + 2 * TILE_ROWS * PANEL + PANEL, 2 * PANEL * sizeof(Sum));
     }
 
-    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c,
+                 const int32_t*) const {
         const char* next = panels > 1 ? w + depth * PANEL : w;
         int64_t configured = 0;
         for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
@@ -191,7 +197,8 @@ struct ByteCore {
         for (int r = 0; r < R; ++r) storei(c + r * 2 * PANEL, sum[r][0]), storei(c + r * 2 * PANEL + PANEL, sum[r][1]);
     }
 
-    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c,
+                 const int32_t*) const {
         using Function = decltype(&micro<1>);
         static constexpr Function functions[] = {micro<1>, micro<2>, micro<3>, micro<4>,
                                                  micro<5>, micro<6>, micro<7>, micro<8>};
@@ -203,49 +210,64 @@ struct ByteCore {
         }
     }
 #else
-    // c[R][16] (+)= x[R][4 quads] w[quads][16][4].
-    template <int R>
-    static void micro(const Row* x, int64_t stride, const char* w, int64_t depth, Sum* c, bool accumulate) {
+    // c[R][16] (+)= x[R][depth] w[depth / 4][16][4]; sums begin at minus `shares`, or where they were if that is null.
+    template <int R, bool FOUR>
+    static void micro(const Row* x, int64_t stride, const char* w, int64_t depth, Sum* c, const int32_t* shares) {
         const vi ones = _mm256_set1_epi16(1);
         vi sum[R][2];
         UNROLL
-        for (int r = 0; r < R; ++r) {
-            sum[r][0] = accumulate ? loadi(c + r * PANEL) : zeroi();
-            sum[r][1] = accumulate ? loadi(c + r * PANEL + W) : zeroi();
-        }
-        for (int64_t i = 0; i < depth; i += 4) {
-            const vi w0 = loadi(w + i * PANEL), w1 = loadi(w + i * PANEL + 32);
+        for (int r = 0; r < R; ++r) UNROLL
+        for (int v = 0; v < 2; ++v) sum[r][v] = shares ? subi(zeroi(), loadi(shares + v * W)) : loadi(c + r * PANEL + v * W);
+        for (int64_t i = 0; i < depth; i += FOUR ? 8 : 4) {
+            const char* at = w + i * PANEL;
             UNROLL
             for (int r = 0; r < R; ++r) {
-                int32_t quad;
-                memcpy(&quad, x + r * stride + i, 4);
-                const vi value = set1i(quad);
-                sum[r][0] = dot_pairs(sum[r][0], _mm256_maddubs_epi16(value, w0), ones);
-                sum[r][1] = dot_pairs(sum[r][1], _mm256_maddubs_epi16(value, w1), ones);
+                const vi value = broadcast32(x + r * stride + i);
+                vi low = _mm256_maddubs_epi16(value, loadi(at)), high = _mm256_maddubs_epi16(value, loadi(at + 32));
+                if (FOUR) {
+                    const vi next = broadcast32(x + r * stride + i + 4);
+                    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(next, loadi(at + 64)));
+                    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(next, loadi(at + 96)));
+                }
+                sum[r][0] = dot_pairs(sum[r][0], low, ones);
+                sum[r][1] = dot_pairs(sum[r][1], high, ones);
             }
         }
         UNROLL
         for (int r = 0; r < R; ++r) storei(c + r * PANEL, sum[r][0]), storei(c + r * PANEL + W, sum[r][1]);
     }
+    INLINE vi broadcast32(const Row* p) {
+        int32_t value;
+        memcpy(&value, p, 4);
+        return set1i(value);
+    }
 
-    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t, int64_t depth, Sum* c) const {
-        using Function = decltype(&micro<1>);
-        static constexpr Function functions[] = {micro<1>, micro<2>, micro<3>, micro<4>, micro<5>, micro<6>};
-        const Blocks blocks(rows, rows_at_once);
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t, int64_t depth, Sum* c,
+                 const int32_t* shares) const {
+        using Function = decltype(&micro<1, false>);
+        static constexpr Function twos[] = {micro<1, false>, micro<2, false>, micro<3, false>,
+                                            micro<4, false>, micro<5, false>, micro<6, false>};
+        static constexpr Function fours[] = {micro<1, true>, micro<2, true>, micro<3, true>, micro<4, true>};
+        const Blocks blocks(rows, four ? rows_of_four : rows_at_once);
         for (int64_t start = 0; start < depth; start += slice)
             for (int64_t b = 0; b < blocks.count; ++b) {
                 const int64_t row = blocks.first(b), size = blocks.first(b + 1) - row;
-                functions[size - 1](x + row * stride + start, stride, w + start * PANEL, min(slice, depth - start),
-                                    c + row * PANEL, start > 0);
+                (four ? fours : twos)[size - 1](x + row * stride + start, stride, w + start * PANEL,
+                                                min(slice, depth - start), c + row * PANEL, start ? nullptr : shares);
             }
     }
 #endif
-    vf total(const Sum* c, const WindowArgs& a, int64_t at) const {
-#if defined(__AVX512F__)
-        return to_float(_mm512_sub_epi32(loadi(c), loadi(a.shares + at)));
+    // What is still to be taken off the sums.
+    const int32_t* shares_left(const WindowArgs& a) const {
+#if defined(__AVX512F__) || defined(TRINE_TILES)
+        return a.shares;
 #else
-        return to_float(_mm256_sub_epi32(loadi(c), loadi(a.shares + at)));
+        return nullptr;
 #endif
+    }
+    vf total(const Sum* c, const WindowArgs& a, int64_t at) const {
+        const int32_t* shares = shares_left(a);
+        return to_float(shares ? subi(loadi(c), loadi(shares + at)) : loadi(c));
     }
 };
 
@@ -291,7 +313,8 @@ struct Bf16Core {
     }
 
 #if defined(TRINE_TILES)
-    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c,
+                 const int32_t*) const {
         const char* b[2] = {w, panels > 1 ? w + depth * 2 * PANEL : w};
         int64_t configured = 0;
         for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
@@ -327,7 +350,8 @@ struct Bf16Core {
         for (int r = 0; r < R; ++r) store(c + r * 2 * PANEL, sum[r][0]), store(c + r * 2 * PANEL + PANEL, sum[r][1]);
     }
 
-    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c) const {
+    void product(const Row* x, int64_t stride, int64_t rows, const char* w, int64_t panels, int64_t depth, Sum* c,
+                 const int32_t*) const {
         using Function = decltype(&micro<1>);
         static constexpr Function functions[] = {micro<1>, micro<2>, micro<3>, micro<4>,
                                                  micro<5>, micro<6>, micro<7>, micro<8>};
@@ -339,6 +363,7 @@ struct Bf16Core {
         }
     }
 #endif
+    const int32_t* shares_left(const WindowArgs&) const { return nullptr; }
     vf total(const Sum* c, const WindowArgs&, int64_t) const { return load(c); }
 };
 #endif
@@ -355,7 +380,7 @@ struct WindowJob {
         const int64_t wanted = num_threads() * 6;
         row_tasks = ceil_div(rows, most);
         if (row_tasks * a.groups < wanted) row_tasks = max(row_tasks, min(ceil_div(rows, 2 * WINDOW_ROWS_LEAST), wanted));
-        rows_per_task = round_up(ceil_div(rows, row_tasks), min<int64_t>(rows, 6));
+        rows_per_task = round_up(ceil_div(rows, row_tasks), min<int64_t>(rows, 12));
         row_tasks = ceil_div(rows, rows_per_task);
         // With few rows the filters are shared out; each task gathers for itself.
         const int64_t others = row_tasks * a.groups;
@@ -440,7 +465,8 @@ static void window_task(const WindowArgs& a, const Core& core, const WindowJob& 
     const char* weight = static_cast<const char*>(a.weight) + group * job.panels * panel_bytes;
     for (int64_t p = first_panel; p < end_panel; p += together) {
         const int64_t panels = min(together, end_panel - p);
-        core.product(x, stride, rows, weight + p * panel_bytes, panels, a.depth, c);
+        const int32_t* shares = a.shares ? a.shares + (group * job.panels + p) * PANEL : nullptr;
+        core.product(x, stride, rows, weight + p * panel_bytes, panels, a.depth, c, shares);
         for (int64_t q = p; q < p + panels; ++q) {
             const int64_t columns = min(PANEL, a.filters - q * PANEL), at = (group * job.panels + q) * PANEL;
             finish_run(a, core, c + (q - p) * PANEL, ldc, rows, first, group * a.filters + q * PANEL, at, columns);
@@ -463,7 +489,8 @@ static void windows(const WindowArgs& a) {
 // A filter for each channel. weight: int8 [places / 4][blocks][4][8][4]: four neighbours in (y, x) side by side, for
 // each block of 32 channels in the order in which unpacking leaves them: 0-3 and 16-19, 4-7 and 20-23, 8-11 and 24-27,
 // 12-15 and 28-31. The last block begins 32 channels before the end; with fewer than 32 there is one, padded. Missing
-// places have weights of zero. Pairs of products fit 16 bits; where they may not (`wide`), every other place is missing.
+// places have weights of zero. Pairs of products fit 16 bits; where they may not (`fits` is 1), every other place is
+// missing.
 struct DepthwiseLine {
     const WindowArgs& a;
     int64_t channels, blocks, groups;  // of four places
@@ -472,7 +499,7 @@ struct DepthwiseLine {
 
     explicit DepthwiseLine(const WindowArgs& a)
         : a(a), channels(a.groups), blocks(max<int64_t>(1, ceil_div(channels, 32))),
-          groups(ceil_div(a.kernel_h * a.kernel_w, a.wide ? 2 : 4)), flip(a.x_dtype == INT8 ? 0x80 : 0), f(a.finish) {}
+          groups(ceil_div(a.kernel_h * a.kernel_w, a.fits == 1 ? 2 : 4)), flip(a.x_dtype == INT8 ? 0x80 : 0), f(a.finish) {}
 
     // A place of the kernel on one line: where its line of the image begins (null: outside), and its column.
     struct Tap {
@@ -483,7 +510,7 @@ struct DepthwiseLine {
     void find_lines(int64_t top, const char* image, Tap* taps) const {
         const int64_t places = a.kernel_h * a.kernel_w;
         for (int64_t i = 0; i < groups * 4; ++i) {
-            const int64_t p = !a.wide ? i : i % 2 ? places : i / 2;
+            const int64_t p = a.fits > 1 ? i : i % 2 ? places : i / 2;
             const int64_t y = top + p / a.kernel_w * a.dilation_h;
             taps[i] = {p < places && y >= 0 && y < a.height ? image + y * a.x_row : nullptr, p % a.kernel_w * a.dilation_w};
         }
@@ -532,33 +559,43 @@ struct DepthwiseLine {
         _mm256_store_si256(out + 3, _mm256_permute2x128_si256(s2, s3, 0x31));
     }
 
+    // Pixel by pixel; within the image, addresses only move on by a pixel.
     void run(int64_t line) const {
         const int64_t n = line / a.out_height, top = line % a.out_height * a.stride_h - a.pad_top;
         const char* image = static_cast<const char*>(a.x) + n * a.x_image;
-        const int64_t count = groups * 4;
+        const int64_t count = groups * 4, step = a.stride_w * a.x_pixel, reach = (a.kernel_w - 1) * a.dilation_w;
         char* memory = static_cast<char*>(scratch(SCRATCH_INPUT, count * (sizeof(Tap) + sizeof(char*)) + channels));
         Tap* lines = reinterpret_cast<Tap*>(memory);
         const char** taps = reinterpret_cast<const char**>(lines + count);
         char* padding = reinterpret_cast<char*>(taps + count);
         find_lines(top, image, lines);
         memset(padding, a.x_zero, channels);
-        alignas(64) int32_t c[32];
-        const bool simple = is_simple(f) && channels >= 32;
-        const ByteCore core(a);
+        bool was_inside = false;
         for (int64_t x = 0; x < a.out_width; ++x) {
-            find(lines, x * a.stride_w - a.pad_left, padding, taps);
-            const int64_t row = line * a.out_width + x;
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int64_t first = max<int64_t>(0, min(b * 32, channels - 32)), some = min<int64_t>(32, channels);
-                sums(taps, b, first, some, c);
-                for (int64_t i = 0; i < some; i += PANEL) {
-                    if (simple) {
-                        finish_bytes(a, core, c + i, PANEL, 1, row, first + i, first + i);
-                        continue;
-                    }
-                    for (int64_t j = i; j < min(some, i + PANEL); j += W)
-                        finish_vector(f, core.total(c + j, a, first + j), row, first + j, first + j, some - j);
+            const int64_t left = x * a.stride_w - a.pad_left;
+            const bool inside = left >= 0 && left + reach < a.width;
+            if (inside && was_inside)
+                for (int64_t i = 0; i < count; ++i) taps[i] += lines[i].line ? step : 0;
+            else
+                find(lines, left, padding, taps);
+            was_inside = inside;
+            pixel(taps, line * a.out_width + x);
+        }
+    }
+
+    void pixel(const char* const* taps, int64_t row) const {
+        alignas(64) int32_t c[32];
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t first = max<int64_t>(0, min(b * 32, channels - 32)), some = min<int64_t>(32, channels);
+            sums(taps, b, first, some, c);
+            for (int64_t i = 0; i < some; i += PANEL) {
+                const int64_t at = first + i, left = some - i;
+                if (f.in_steps) {
+                    finish_bytes(f, c + i, PANEL, 1, row, at, at, left, a.shares);
+                    continue;
                 }
+                for (int64_t j = 0; j < min(left, PANEL); j += W)
+                    finish_vector(f, to_float(subi(loadi(c + i + j), loadi(a.shares + at + j))), row, at + j, at + j, left - j);
             }
         }
     }

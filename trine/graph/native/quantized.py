@@ -12,6 +12,7 @@ import torch
 
 from trine.graph.dtypes import DType
 from trine.graph.errors import PlanError
+from trine.graph.fitting_weights import TOGETHER, fitting
 from trine.graph.ir import Node, Value
 from trine.graph.native.args import ACTIVATIONS
 from trine.graph.native.recorder import Recorder, native
@@ -21,7 +22,6 @@ from trine.graph.passes.quantized import scale_of
 
 PANEL = 16
 _BYTES = (DType.UINT8, DType.INT8)
-_LARGEST_PAIR = 128  # times 255 fits 16 bits
 _FEW_CHANNELS = 8
 _LARGEST_WINDOW = 64
 """Places of a depthwise kernel."""
@@ -35,7 +35,7 @@ class Finish(ctypes.Structure):
         *((name, c_int64) for name in ("out_stride", "residual_stride")),
         *((name, c_int32) for name in ("out_dtype", "residual_dtype", "out_zero", "residual_zero")),
         *((name, c_float) for name in ("out_inverse", "residual_scale")),
-        ("activation", c_int32),
+        *((name, c_int32) for name in ("activation", "in_steps", "low", "high")),
     )
 
 
@@ -50,7 +50,7 @@ class WindowArgs(ctypes.Structure):
         *((name, c_int64) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")),
         *((name, c_int64) for name in ("pad_top", "pad_left", "x_pixel", "x_row", "x_image")),
         *((name, c_int64) for name in ("x_channel", "x_channels", "out_step")),
-        *((name, c_int32) for name in ("x_dtype", "x_zero", "wide")),
+        *((name, c_int32) for name in ("x_dtype", "x_zero", "fits")),
     )
 
 
@@ -102,16 +102,9 @@ class AddBytesArgs(ctypes.Structure):
 
 
 def depth_multiple() -> int:
-    """What k is padded to: whole tiles for AMX, steps of four bytes else."""
-    return 64 if library().trine_isa() in (b"amx", b"emulated") else 4
-
-
-def may_saturate(data: torch.Tensor) -> bool:
-    """Whether two neighbours in k, times unsigned bytes, may exceed 16 bits: what AVX2 sums them in."""
-    rows = data.movedim(1, -1).flatten(1).to(torch.int32)
-    pairs = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2)).reshape(len(rows), -1, 2)
-    largest = torch.maximum(pairs.clamp(min=0).sum(2), -pairs.clamp(max=0).sum(2))
-    return bool((largest > _LARGEST_PAIR).any())
+    """What k is padded to: whole tiles for AMX, what AVX2 takes at once, steps of four bytes else."""
+    isa = library().trine_isa()
+    return 64 if isa in (b"amx", b"emulated") else 8 if isa == b"avx2" else 4
 
 
 def panels(data: torch.Tensor, groups: int, step: int, multiple: int) -> torch.Tensor:
@@ -148,6 +141,39 @@ def finish(node: Node, y: Tensor, residual: Tensor | None) -> tuple[Finish, dict
     if residual is not None:
         found.residual_dtype = residual.number
     return found, {"residual": residual, "out": y}
+
+
+def in_steps(
+    tape: Recorder, node: Node, args: WindowArgs, groups: int, residual: Tensor | None
+) -> dict[str, Tensor | None] | None:
+    """Makes the Finish count in steps of the result, and gives its scale and bias; None where it can't."""
+    a, scale, bias = node.attributes, node.inputs[2], node.input(3)
+    clamps = ("", "relu", "relu6")
+    floats = residual is not None and residual.dtype is DType.FLOAT32
+    if "y_scale" not in a or a.get("activation", "") not in clamps or node.input(5) is not None or floats:
+        return None
+    assert scale is not None
+    dtype, step, zero, f = DType(a["y_dtype"]), a["y_scale"], a["y_zero"], args.finish
+    limits = torch.iinfo(dtype.torch)
+    ends = {"": (limits.min, limits.max), "relu": (zero, limits.max), "relu6": (zero, zero + round(6 / step))}
+    low, high = ends[a.get("activation", "")]
+    f.in_steps, f.low, f.high = 1, max(low, limits.min), min(high, limits.max)
+    f.residual_scale = 0.0 if residual is None else f.residual_scale / step
+    shift = f.residual_scale * f.residual_zero
+
+    def scales() -> torch.Tensor:
+        return in_panels((scale.data.double() / step).float(), groups)
+
+    def biases() -> torch.Tensor:
+        start = torch.zeros_like(scale.data) if bias is None else bias.data
+        return in_panels((start.double() / step - shift).float(), groups)
+
+    shape = _row_shape(scale.data.numel(), groups)
+    found: dict[str, Tensor | None] = {"scale": packed_weight(tape, scale, f"steps:{groups}:{step!r}", shape, scales)}
+    if bias is not None or shift:
+        name = f"biases:{groups}:{step!r}:{shift!r}"
+        found["bias"] = packed_weight(tape, scale if bias is None else bias, name, shape, biases)
+    return found
 
 
 def pointers_of(args: type[ctypes.Structure], named: dict[str, Any], finished: dict[str, Any]) -> dict[str | int, Any]:
@@ -253,8 +279,8 @@ def _emit(
     """The step of a quantised product: packed weights, their sums, what follows."""
     groups = args.groups
     data = weight.data.reshape(*weight.data.shape, *[1] * (4 - weight.data.dim()))
-    args.wide = library().trine_isa() == b"avx2" and may_saturate(data)
-    step, multiple = (2, 2) if args.wide else (4, depth_multiple())
+    args.fits = fitting(data) if library().trine_isa() == b"avx2" else TOGETHER
+    step, multiple = (2, 2) if args.fits == 1 else (4, depth_multiple())
     shape = panels_shape(data, groups, step, multiple)
     layout = f"int8:{step}x{multiple}:{groups}"
     packed = packed_weight(tape, weight, layout, shape, lambda: panels(data, groups, step, multiple))
@@ -263,7 +289,9 @@ def _emit(
     share = _shares(tape, weight, groups, x, args.x_zero)
     args.finish, finished = finish(node, y, residual)
     args.finish.out_stride = args.finish.residual_stride = groups * args.filters
-    finished |= row_constants(tape, groups, node.inputs[2], node.input(3), node.input(5))
+    finished |= in_steps(tape, node, args, groups, residual) or row_constants(
+        tape, groups, node.inputs[2], node.input(3), node.input(5)
+    )
     named = {"x": x, "weight": packed, "shares": share}
     in_place = [] if residual is None else [(residual, y)]
     tape.step("quantized_conv", args, pointers_of(WindowArgs, named, finished), in_place=in_place)
@@ -302,15 +330,15 @@ def _depthwise(
     tape: Recorder, node: Node, args: WindowArgs, tensors: tuple[Tensor, Tensor, Tensor | None], weight: Value
 ) -> None:
     x, y, residual = tensors
-    args.wide = may_saturate(weight.data)
-    wide = bool(args.wide)
+    args.fits = min(2, fitting(weight.data))
+    wide = args.fits == 1
     shape = (-(-weight.data[0].numel() * (1 + wide) // 4), -(-max(len(weight.data), 32) // 32), 4, 8, 4)
     packed = packed_weight(tape, weight, f"depthwise:{wide}", shape, lambda: depthwise_quads(weight.data, wide))
     args.x_zero = node.attributes["x_zero"]
     share = _shares(tape, weight, 1, x, args.x_zero)
     args.finish, finished = finish(node, y, residual)
     args.finish.out_stride = args.finish.residual_stride = args.groups
-    finished |= row_constants(tape, 1, node.inputs[2], node.input(3))
+    finished |= in_steps(tape, node, args, 1, residual) or row_constants(tape, 1, node.inputs[2], node.input(3))
     # A last block of fewer than 32 channels is computed together with some before it, again.
     in_place = [] if residual is None or args.groups % 32 else [(residual, y)]
     named = {"x": x, "weight": packed, "shares": share}

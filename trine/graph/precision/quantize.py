@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from trine.graph.dtypes import DType
+from trine.graph.fitting_weights import rounded
 from trine.graph.ir import Graph, Node, Value, constant
 from trine.graph.passes.pattern import replace_node
 from trine.graph.passes.quantized import fuse_quantized
@@ -26,8 +27,6 @@ _MOVES = frozenset(
 )
 """Operators that do the same to integers as to what these stand for, where all have one scale."""
 _FLOAT8_LARGEST = 448.0  # of e4m3
-LARGEST_PAIR = 128
-"""What two neighbouring weights of one sign may sum to: 255 times that fits 16 bits."""
 
 
 def quantizable(graph: Graph) -> list[Node]:
@@ -202,11 +201,11 @@ def _quantize_weight(graph: Graph, node: Node, form: Format) -> None:
     w = node.inputs[1]
     assert w is not None
     data: torch.Tensor = w.data
-    largest = data.flatten(1).abs().amax(1)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     if form is INTEGERS:
-        stored, scales = _integer_weight(data, largest / 127)
+        stored, scales = rounded(data, depthwise=data.shape[1] == 1 and node.attributes.get("group", 1) > 1)
     else:
+        largest = data.flatten(1).abs().amax(1)
+        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         scales = largest / _FLOAT8_LARGEST
         stored = (data / _along(scales, data)).to(form.weights.torch)
     name = f"{node.output.name}.weight"
@@ -220,33 +219,6 @@ def _quantize_weight(graph: Graph, node: Node, form: Format) -> None:
 def _along(scales: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     """One number for each filter, to broadcast over the filters."""
     return scales.reshape(-1, *[1] * (data.dim() - 1))
-
-
-def _integer_weight(data: torch.Tensor, finest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 weights [filters, ...] and each filter's scale, at least `finest`.
-
-    Two neighbours of one sign sum to 128 at most (in the order of the kernels: channels innermost), so that AVX2 may
-    add their products with bytes in 16 bits, which is half as fast again. Of a few scales each filter gets the
-    one that moves its weights least in squares: a coarser one, or a finer one that cuts the few largest pairs.
-    """
-    rows = data.movedim(1, -1).reshape(len(data), -1)
-    odd = rows.shape[1] % 2
-    pairs = torch.nn.functional.pad(rows, (0, odd)).reshape(len(rows), -1, 2)
-    best, least, chosen = torch.zeros_like(pairs), torch.full_like(finest, float("inf")), finest
-    for factor in (1.0, 1.2, 1.5, 2.0):
-        scales = finest * factor
-        whole = torch.round(pairs / scales[:, None, None])
-        over = (whole.sum(2).abs() - LARGEST_PAIR).clamp(min=0) * (whole[..., 0] * whole[..., 1] > 0)
-        less = torch.stack([torch.ceil(over / 2), torch.floor(over / 2)], 2)
-        whole = whole - torch.sign(whole) * less
-        error = ((whole * scales[:, None, None] - pairs) ** 2).sum((1, 2))
-        better = error < least
-        least, chosen = torch.where(better, error, least), torch.where(better, scales, chosen)
-        best = torch.where(better[:, None, None], whole, best)
-    flat = best.flatten(1)[:, : rows.shape[1]]
-    shape = (len(data), *data.shape[2:], data.shape[1]) if data.dim() > 2 else data.shape
-    stored = flat.reshape(shape)
-    return (stored.movedim(-1, 1) if data.dim() > 2 else stored).to(torch.int8).contiguous(), chosen
 
 
 def reduce(graph: Graph, nodes: Collection[Node], dtype: DType) -> None:
