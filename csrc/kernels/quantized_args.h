@@ -29,7 +29,7 @@ struct Finish {
 // zeros to `depth`. int8: steps of 4, or of 2 where `fits` is 1; bf16: of 2. `fits` says what AVX2 may add in 16 bits: 2,
 // two neighbours' products with bytes; 4, those of a step and of the next one, too (`depth` is a multiple of 8); 1, none.
 // shares [groups][panels * 16]: the zero point times each filter's sum of weights, taken away.
-// Depthwise (channels and filters are 1, groups the channels): see depthwise8. Planar images and steps between lines are
+// Depthwise (channels and filters are 1, groups the channels): see depthwise8.h. Planar images and steps between lines are
 // for bf16 on tiles (tile_conv.h).
 struct WindowArgs {
     const void* x;

@@ -6,6 +6,7 @@
 #include "conv.h"
 #include "copy.h"
 #include "depthwise.h"
+#include "depthwise8.h"
 #include "gather.h"
 #include "matmul.h"
 #include "pooling.h"

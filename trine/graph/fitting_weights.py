@@ -14,90 +14,108 @@ TOGETHER = 4
 """Products that are added in 16 bits where they fit."""
 LARGEST_SUM = 128
 """What weights of one sign that are added may sum to: 255 times that fits 16 bits."""
-_LEAST_DECIBELS = 34.0
+_LEAST_DECIBELS = 33.0
 """Weights that are rounded more coarsely than that (signal to noise) to fit in fours are left to fit in twos."""
 _FACTORS = {2: (1.0, 1.2, 1.5, 2.0), 4: (1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 4.0)}
-_ROWS_AT_ONCE = 1 << 18  # elements: what a pass makes of them stays in the cache
+"""Scales that are tried, over the finest, which leaves the largest weight at 127."""
+_SAMPLE = 128  # groups of a filter, enough to choose its scale by
+_ELEMENTS_AT_ONCE = 1 << 18  # what a pass makes of them stays in the cache
 
 
-def in_order(data: torch.Tensor) -> torch.Tensor:
-    """Weights [filters, channels, ...] as [filters, k] in the order of the kernels: channels innermost."""
+def in_order(data: torch.Tensor, depthwise: bool) -> torch.Tensor:
+    """Weights [filters, channels, ...] as [filters, k] in the order of the kernels: channels innermost; where there is
+    a filter for each channel, columns of the kernel, each filled up with zeros to a multiple of 4.
+    """
+    if depthwise:
+        columns = data[:, 0].transpose(1, 2)
+        return torch.nn.functional.pad(columns, (0, -columns.shape[2] % 4)).flatten(1)
     return (data.movedim(1, -1) if data.dim() > 2 else data).flatten(1)
 
 
-def together(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """[filters, k] as [filters, groups, count]: 2 neighbours, or two steps of four's (2 i, 2 i + 1) of both."""
+def _as_before(rows: torch.Tensor, shape: torch.Size, depthwise: bool) -> torch.Tensor:
+    """The inverse of `in_order`."""
+    if depthwise:
+        return rows.view(shape[0], shape[3], -1)[:, :, : shape[2]].transpose(1, 2).unsqueeze(1).contiguous()
+    if len(shape) > 2:
+        return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+    return rows.contiguous()
+
+
+def _together(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """[filters, k] as [count, filters, groups]: 2 neighbours, or in two steps of four (2 i, 2 i + 1) of both."""
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).view(len(rows), -1, 2, 2, 2)
-    return (padded.transpose(2, 3) if count == 4 else padded).reshape(len(rows), -1, count)
+    order = (2, 4, 0, 1, 3) if count == 4 else (4, 0, 1, 2, 3)
+    return padded.permute(order).reshape(count, len(rows), -1)
 
 
-def apart(groups: torch.Tensor, depth: int) -> torch.Tensor:
-    """The inverse of `together`."""
-    count = groups.shape[-1]
-    parts = groups.view(len(groups), -1, 2, 2, 2)
-    return (parts.transpose(2, 3) if count == 4 else parts).reshape(len(groups), -1)[:, :depth]
+def _apart(groups: torch.Tensor, depth: int) -> torch.Tensor:
+    """The inverse of `_together`."""
+    count, filters, _ = groups.shape
+    if count == 4:
+        return groups.view(2, 2, filters, -1, 2).permute(2, 3, 0, 4, 1).reshape(filters, -1)[:, :depth]
+    return groups.permute(1, 2, 0).reshape(filters, -1)[:, :depth]
 
 
-def fitting(data: torch.Tensor) -> int:
+def fitting(data: torch.Tensor, *, depthwise: bool = False) -> int:
     """How many products of these int8 weights with bytes fit 16 bits together: 4, 2 or 1."""
-    rows = in_order(data)
+    rows = in_order(data, depthwise)
     return next((count for count in (4, 2) if _fits(rows, count)), 1)
 
 
 def _fits(rows: torch.Tensor, count: int) -> bool:
-    for part in rows.split(max(1, _ROWS_AT_ONCE // rows.shape[1])):
-        groups = together(part, count).to(torch.int16)
-        largest = torch.maximum(groups.clamp(min=0).sum(2), -groups.clamp(max=0).sum(2))
-        if int(largest.max()) > LARGEST_SUM:
+    for part in torch.split(rows, max(1, _ELEMENTS_AT_ONCE // rows.shape[1])):
+        groups = _together(part.to(torch.int16), count)
+        positive = groups.clamp(min=0).sum(0, dtype=torch.int16)
+        negative = groups.sum(0, dtype=torch.int16) - positive
+        if int(positive.max()) > LARGEST_SUM or int(negative.min()) < -LARGEST_SUM:
             return False
     return True
 
 
 def rounded(data: torch.Tensor, *, depthwise: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 weights like the float32 `data` [filters, ...] and each filter's scale: they fit in fours, or in twos."""
-    rows = in_order(data)
-    largest = rows.abs().amax(1)
-    finest = torch.where(largest > 0, largest, torch.ones_like(largest)) / 127
-    parts = list(zip(*(x.split(max(1, _ROWS_AT_ONCE // rows.shape[1])) for x in (rows, finest)), strict=True))
+    rows = in_order(data, depthwise)
+    signal = float((rows.double() ** 2).sum())
+    size = max(1, _ELEMENTS_AT_ONCE // rows.shape[1])
     for count in (2,) if depthwise else (4, 2):
-        found = [_nearest(part, own, count) for part, own in parts]
-        noise = sum(float(error.sum()) for _, _, error in found)
-        if count == 2 or noise * 10 ** (_LEAST_DECIBELS / 10) <= float((rows.double() ** 2).sum()):
+        found = [_nearest(part, count) for part in torch.split(rows, size)]
+        noise = sum(error for _, _, error in found)
+        if count == 2 or noise * 10 ** (_LEAST_DECIBELS / 10) <= signal:
             break
-    stored, scales = torch.cat([item[0] for item in found]), torch.cat([item[1] for item in found])
-    if data.dim() > 2:
-        stored = stored.view(len(data), *data.shape[2:], data.shape[1]).movedim(-1, 1)
-    return stored.contiguous(), scales
+    stored = torch.cat([item[0] for item in found])
+    return _as_before(stored, data.shape, depthwise), torch.cat([item[1] for item in found])
 
 
-def _nearest(rows: torch.Tensor, finest: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Integers, scales, squared errors: of a few scales each filter gets the one that moves its weights least.
+def _nearest(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Integers, each filter's scale, and the sum of squares by which the weights moved."""
+    groups = _together(rows, count)
+    scales = _scales(groups[:, :, :: max(1, groups.shape[2] // _SAMPLE)], rows.abs().amax(1), _FACTORS[count])
+    exact = groups / scales[:, None]
+    whole = exact.round()
+    for sign in (1, -1):
+        over = (whole * sign).clamp_(min=0).sum(0) > LARGEST_SUM
+        if over.any():
+            own = whole[:, over]
+            held = _within((exact[:, over] * sign).T)
+            whole[:, over] = torch.where(own * sign > 0, held.T * sign, own)
+    error = float(((whole - exact).square_().sum((0, 2)) * scales**2).sum())
+    return _apart(whole.to(torch.int8), rows.shape[1]), scales, error
 
-    That is a coarser one, or a finer one that cuts the groups with the largest sums.
-    """
-    groups = together(rows, count)
-    best, chosen = torch.zeros_like(groups), finest
-    least = torch.full_like(finest, float("inf"))
-    for factor in _FACTORS[count]:
+
+def _scales(groups: torch.Tensor, largest: torch.Tensor, factors: tuple[float, ...]) -> torch.Tensor:
+    """Each filter's scale: one that moves its weights little, which may mean to cut groups with large sums."""
+    finest = torch.where(largest > 0, largest, torch.ones_like(largest)) / 127
+    chosen, least = finest, torch.full_like(finest, float("inf"))
+    for factor in factors:
         scales = finest * factor
-        exact = groups / scales[:, None, None]
-        whole = exact.round()
-        for sign in (1, -1):
-            _hold(exact, whole, sign)
-        error = (whole - exact).square_().sum((1, 2)) * scales**2
+        exact = groups / scales[:, None]
+        error = (exact.round() - exact).square_().sum((0, 2))
+        positive = exact.clamp(min=0).sum(0)
+        over = torch.maximum(positive, positive - exact.sum(0)) - LARGEST_SUM
+        error = (error + over.clamp_(min=0).square_().sum(1) / 2) * scales**2  # shared by two, as a rule
         better = error < least
         least, chosen = torch.where(better, error, least), torch.where(better, scales, chosen)
-        best = torch.where(better[:, None, None], whole, best)
-    return apart(best, rows.shape[1]).to(torch.int8), chosen, least
-
-
-def _hold(exact: torch.Tensor, whole: torch.Tensor, sign: int) -> None:
-    """Bring down, in place, what is of one sign in groups that sum to more than LARGEST_SUM."""
-    over = (whole * sign).clamp_(min=0).sum(2) > LARGEST_SUM
-    if over.any():
-        own = whole[over]
-        held = _within(exact[over] * sign)
-        whole[over] = torch.where(own * sign > 0, held * sign, own)
+    return chosen
 
 
 def _within(exact: torch.Tensor) -> torch.Tensor:

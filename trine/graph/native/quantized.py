@@ -20,7 +20,7 @@ from trine.graph.native.tape import library
 from trine.graph.native.tensor import NUMBERS, Tensor
 from trine.graph.passes.quantized import scale_of
 
-PANEL = 16
+PANEL, BLOCK = 16, 32
 _BYTES = (DType.UINT8, DType.INT8)
 _FEW_CHANNELS = 8
 _LARGEST_WINDOW = 64
@@ -144,9 +144,11 @@ def finish(node: Node, y: Tensor, residual: Tensor | None) -> tuple[Finish, dict
 
 
 def in_steps(
-    tape: Recorder, node: Node, args: WindowArgs, groups: int, residual: Tensor | None
+    tape: Recorder, node: Node, args: WindowArgs, groups: int | None, residual: Tensor | None
 ) -> dict[str, Tensor | None] | None:
-    """Makes the Finish count in steps of the result, and gives its scale and bias; None where it can't."""
+    """Makes the Finish count in steps of the result, and gives its scale and bias, in panels (groups None: in blocks);
+    None where it can't.
+    """
     a, scale, bias = node.attributes, node.inputs[2], node.input(3)
     clamps = ("", "relu", "relu6")
     floats = residual is not None and residual.dtype is DType.FLOAT32
@@ -161,14 +163,18 @@ def in_steps(
     f.residual_scale = 0.0 if residual is None else f.residual_scale / step
     shift = f.residual_scale * f.residual_zero
 
+    def place(row: torch.Tensor) -> torch.Tensor:
+        return in_blocks(row) if groups is None else in_panels(row, groups)
+
     def scales() -> torch.Tensor:
-        return in_panels((scale.data.double() / step).float(), groups)
+        return place((scale.data.double() / step).float())
 
     def biases() -> torch.Tensor:
         start = torch.zeros_like(scale.data) if bias is None else bias.data
-        return in_panels((start.double() / step - shift).float(), groups)
+        return place((start.double() / step - shift).float())
 
-    shape = _row_shape(scale.data.numel(), groups)
+    count = scale.data.numel()
+    shape = (-(-max(count, BLOCK) // BLOCK), 4, 8) if groups is None else _row_shape(count, groups)
     found: dict[str, Tensor | None] = {"scale": packed_weight(tape, scale, f"steps:{groups}:{step!r}", shape, scales)}
     if bias is not None or shift:
         name = f"biases:{groups}:{step!r}:{shift!r}"
@@ -330,33 +336,46 @@ def _depthwise(
     tape: Recorder, node: Node, args: WindowArgs, tensors: tuple[Tensor, Tensor, Tensor | None], weight: Value
 ) -> None:
     x, y, residual = tensors
-    args.fits = min(2, fitting(weight.data))
-    wide = args.fits == 1
-    shape = (-(-weight.data[0].numel() * (1 + wide) // 4), -(-max(len(weight.data), 32) // 32), 4, 8, 4)
-    packed = packed_weight(tape, weight, f"depthwise:{wide}", shape, lambda: depthwise_quads(weight.data, wide))
-    args.x_zero = node.attributes["x_zero"]
-    share = _shares(tape, weight, 1, x, args.x_zero)
+    data, channels = weight.data, len(weight.data)
+    args.fits = min(2, fitting(data, depthwise=True))
+    places = 2 if args.fits == 1 else 4
+    blocks = -(-max(channels, BLOCK) // BLOCK)
+    shape = (blocks, data.shape[3], -(-data.shape[2] // places), 4, 8, 4)
+    packed = packed_weight(tape, weight, f"depthwise:{places}", shape, lambda: depthwise_quads(data, places))
+    args.x_zero = zero = node.attributes["x_zero"]
+    unsigned = zero + (128 if x.dtype is DType.INT8 else 0)
+
+    def shares() -> torch.Tensor:
+        return in_blocks(data.flatten(1).sum(1, dtype=torch.int32) * unsigned)
+
+    share = packed_weight(tape, weight, f"shares:blocks:{unsigned}", (blocks, 4, 8), shares)
     args.finish, finished = finish(node, y, residual)
-    args.finish.out_stride = args.finish.residual_stride = args.groups
-    finished |= in_steps(tape, node, args, 1, residual) or row_constants(tape, 1, node.inputs[2], node.input(3))
+    args.finish.out_stride = args.finish.residual_stride = channels
+    steps = None if residual is not None else in_steps(tape, node, args, None, residual)
+    finished |= steps or row_constants(tape, 1, node.inputs[2], node.input(3))
     # A last block of fewer than 32 channels is computed together with some before it, again.
-    in_place = [] if residual is None or args.groups % 32 else [(residual, y)]
+    in_place = [] if residual is None or channels % BLOCK else [(residual, y)]
     named = {"x": x, "weight": packed, "shares": share}
     tape.step("depthwise8", args, pointers_of(WindowArgs, named, finished), in_place=in_place)
 
 
-def depthwise_quads(data: torch.Tensor, wide: bool) -> torch.Tensor:
-    """Weights [channels, 1, kh, kw] as [places / 4][blocks][4][8][4] (csrc/kernels/windows.h)."""
-    rows = data.flatten(1)
-    if wide:
-        rows = torch.stack([rows, torch.zeros_like(rows)], 2).flatten(1)
-    channels, places = rows.shape
-    rows = torch.nn.functional.pad(rows, (0, -places % 4, 0, max(0, 32 - channels)))
-    starts = [max(0, min(first, channels - 32)) for first in range(0, channels, 32)]
+def in_blocks(rows: torch.Tensor) -> torch.Tensor:
+    """[channels, ...] as [blocks, 4, 8, ...], in the order of csrc/kernels/depthwise8.h."""
+    rows = torch.cat([rows, rows.new_zeros(max(0, BLOCK - len(rows)), *rows.shape[1:])])
+    starts = torch.tensor([max(0, min(first, len(rows) - BLOCK)) for first in range(0, len(rows), BLOCK)])
     low = torch.arange(4)
     inside = torch.stack([torch.cat([low + 4 * part, low + 16 + 4 * part]) for part in range(4)])
-    chosen = torch.stack([rows[inside + start] for start in starts])  # [blocks, 4, 8, places]
-    return chosen.reshape(*chosen.shape[:3], -1, 4).permute(3, 0, 1, 2, 4).contiguous()
+    return rows[starts[:, None, None] + inside]
+
+
+def depthwise_quads(data: torch.Tensor, places: int) -> torch.Tensor:
+    """Weights [channels, 1, kh, kw] as [blocks, kw, quads, 4, 8, 4]; with 2 places a quad, every other is empty."""
+    columns = data[:, 0].transpose(1, 2)  # [channels, kw, kh]
+    columns = torch.nn.functional.pad(columns, (0, -columns.shape[2] % places))
+    columns = columns.reshape(*columns.shape[:2], -1, places)
+    if places == 2:
+        columns = torch.stack([columns, torch.zeros_like(columns)], 4).flatten(3)
+    return in_blocks(columns).permute(0, 3, 4, 1, 2, 5).contiguous()
 
 
 @native("QuantizedLinear")
