@@ -114,11 +114,5 @@ INLINE vf activate(vf x, Activation activation) {
     return x;
 }
 
-// To the precision of the type that the result is stored in.
-template <class Out>
-INLINE vf activate_for(vf x, Activation activation) {
-    return sizeof(Out) == 2 && activation == GELU ? gelu_short(x) : activate(x, activation);
-}
-
 }  // namespace TRINE_ISA
 }  // namespace trine

@@ -82,9 +82,10 @@ INLINE __m128i to_bytes(const vf (&y)[16 / W], const Finish& f) {
 }
 
 // Bytes out of `in_steps`: `rows` rows of 16 sums at c, of which n columns exist. shares: what is taken off first, or null.
-static void finish_bytes(const Finish& f, const int32_t* c, int64_t ldc, int64_t rows, int64_t first, int64_t column,
-                         int64_t at, int64_t n, const int32_t* shares) {
+static void finish_bytes(const Finish& finish, const int32_t* c, int64_t ldc, int64_t rows, int64_t first,
+                         int64_t column, int64_t at, int64_t n, const int32_t* shares) {
     constexpr int V = 16 / W;
+    const Finish f = finish;  // a copy: stores of bytes may be to anything, as the compiler sees it
     vf scale[V], bias[V];
     vi share[V];
     UNROLL

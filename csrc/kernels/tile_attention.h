@@ -22,6 +22,8 @@ INLINE vf exp2_short(vf x) {
     return scale_exponent(p, n);
 }
 
+constexpr float LOG2E = 1.44269504f;
+
 struct TileAttention {
     const GraphAttentionArgs& a;
     int64_t keys, size, width;  // padded: keys and size to 32, the values' size to 32
@@ -105,29 +107,44 @@ struct TileAttention {
         }
     }
 
-    // A row's scores to weights in bf16; returns what they must be divided by.
-    float weigh(float* scores, const float* mask, int64_t step, bf16* to) const {
-        const vf scale = set1(a.scale * 1.44269504f), log2e = set1(1.44269504f);
-        vf most = set1(-__builtin_inff());
-        for (int64_t i = 0; i < a.keys; i += W) {
-            vf s = mul(load(scores + i), scale);
-            if (mask) s = fma(step ? load_upto(mask + i, a.keys - i) : set1(*mask), log2e, s);
-            store(scores + i, s);
-            most = vmax(first_n(s, most, a.keys - i), most);
-        }
-        const float largest = hmax(most);
+    // A row's scores, times `scale`, to weights in bf16; returns what they must be divided by. Scores of whole vectors
+    // are handled without asking which lanes exist.
+    float weigh(const float* scores, float scale, bf16* to) const {
+        const int64_t whole = a.keys / W * W, rest = a.keys - whole;
+        vf most = set1(-__builtin_inff()), other = most;
+        int64_t i = 0;
+        for (; i + 2 * W <= whole; i += 2 * W) most = vmax(load(scores + i), most), other = vmax(load(scores + i + W), other);
+        for (; i < whole; i += W) most = vmax(load(scores + i), most);
+        if (rest) other = vmax(first_n(load(scores + whole), other, rest), other);
+        const float largest = hmax(vmax(most, other));
         if (largest == -__builtin_inff()) {  // every key is hidden
             memset(to, 0, keys * sizeof(bf16));
             return 0;
         }
+        const vf factor = set1(scale), shift = set1(-largest * scale);
         vf sum = zero();
-        const vf shift = set1(largest);
-        for (int64_t i = 0; i < keys; i += W) {
-            const vf e = first_n(exp2_short(sub(load(scores + i), shift)), zero(), a.keys - i);
+        for (i = 0; i < whole; i += W) {
+            const vf e = exp2_short(fma(load(scores + i), factor, shift));
             store(to + i, e);
             sum = add(sum, e);
         }
+        if (rest) {
+            const vf e = first_n(exp2_short(fma(load(scores + i), factor, shift)), zero(), rest);
+            store(to + i, e);
+            sum = add(sum, e);
+            i += W;
+        }
+        for (; i < keys; i += W) store(to + i, zero());
         return hsum(sum);
+    }
+
+    // The mask added, in units of scores in powers of two; hidden keys of the padding don't matter.
+    void add_mask(float* scores, const float* mask, int64_t step) const {
+        const vf scale = set1(a.scale * LOG2E), log2e = set1(LOG2E);
+        for (int64_t i = 0; i < a.keys; i += W) {
+            const vf bias = step ? load_upto(mask + i, a.keys - i) : set1(*mask);
+            store(scores + i, fma(bias, log2e, mul(load(scores + i), scale)));
+        }
     }
 
     template <class Out>
@@ -160,8 +177,10 @@ struct TileAttention {
             product(q, size + 32, count, k, size, keys, scores);
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t* s = a.mask_strides;
-                const float* mask = a.mask ? a.mask + b * s[0] + h * s[1] + (first + r) * s[2] : nullptr;
-                totals[r] = weigh(scores + r * keys, mask, s[3], weights + r * stride);
+                const bool plain = !a.mask && a.scale > 0;
+                const float none = 0, *mask = a.mask ? a.mask + b * s[0] + h * s[1] + (first + r) * s[2] : &none;
+                if (!plain) add_mask(scores + r * keys, mask, a.mask ? s[3] : 0);
+                totals[r] = weigh(scores + r * keys, plain ? a.scale * LOG2E : 1.0f, weights + r * stride);
             }
             product(weights, stride, count, v, keys, width, c);
             a.y_dtype == BF16 ? write<bf16>(c, b, h, first, count, totals)

@@ -3,7 +3,8 @@
 // place of the kernel after the other is an offset.
 //
 // Where neighbours are one pixel apart, the lines of an image follow one another, padding between them once: output
-// pixels are then a flat run, the padding's own results among them, which are dropped. Else tiles end with lines.
+// pixels are then a flat run, the padding's own results among them, which are dropped. For larger strides a copy sorts
+// the pixels by their remainders, so that neighbours are one apart again. Else tiles end with lines.
 //
 // The sums of 32 pixels by two panels of filters stay in four tiles. A slice of a panel pair stays in the first-level
 // cache while a task's pixels, which come from the second, pass over it.
@@ -16,7 +17,7 @@ namespace trine {
 namespace TRINE_ISA {
 
 constexpr int64_t BLOCK_ROWS = 2 * TILE_ROWS;
-constexpr int64_t SLICE_STEPS = 16;        // of a slice: 32 KiB of a panel pair
+constexpr int64_t SLICE_STEPS = 32;        // of a slice: 64 KiB of a panel pair
 constexpr int64_t NEAR_STEPS = 6;        // that the first to read a slice reads ahead
 constexpr int64_t TASK_BLOCKS = 24;        // of pixels, at most: some 100 KiB of input at 64 channels
 constexpr int64_t LOCAL_COPY_BLOCKS = 24;  // of an image, from which on tasks copy their own lines
@@ -159,6 +160,8 @@ struct TileConv {
     int64_t depth, steps;
     int64_t pitch, line;       // elements from pixel to pixel and from line to line of what tiles read
     int64_t wide;              // pixels of a line of it
+    bool sorted;               // the copy has a plane of `plane` elements for each remainder of lines and columns
+    int64_t planes_h, planes_w, plane;
     int64_t rows, blocks;      // of one image and group: output pixels with the padding between lines, 32 of them
     int64_t line_blocks;       // blocks of a line, unless flat
     int64_t copied_lines, image_elements;
@@ -176,18 +179,24 @@ struct TileConv {
         const int64_t reach_h = (a.out_height - 1) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1;
         const Element* own = a.x_channels ? nullptr : core.direct(a);
         copies = !own || a.pad_top || a.pad_left || reach_h > a.height || reach_w > a.width;
-        flat = a.stride_h == 1 && a.stride_w == 1 && (copies || a.x_row == a.width * a.x_pixel);
-        const bool pointwise = a.kernel_h * a.kernel_w == 1 && flat && !a.x_channels && a.out_height == a.height && a.out_width == a.width;
+        sorted = (a.stride_h > 1 || a.stride_w > 1) && !lines && !a.x_channels;
+        planes_h = sorted ? min(a.stride_h, (a.kernel_h - 1) * a.dilation_h + 1) : 1;
+        planes_w = sorted ? min(a.stride_w, (a.kernel_w - 1) * a.dilation_w + 1) : 1;
+        copies = copies || sorted;
+        flat = sorted || (a.stride_h == 1 && a.stride_w == 1 && (copies || a.x_row == a.width * a.x_pixel));
+        const bool pointwise = a.kernel_h * a.kernel_w == 1 && flat && !sorted && !a.x_channels && a.out_height == a.height && a.out_width == a.width;
         if (pointwise && !a.pad_top && !a.pad_left && a.x_row == a.width * a.x_pixel && a.x_image == a.height * a.x_row)
             merge_images();
         wide = copies ? max(a.width + a.pad_left, flat ? reach_w - a.pad_left : reach_w) : a.width;
         pitch = copies ? a.channels * a.groups : a.x_pixel;
+        if (sorted) wide = ceil_div(reach_w, a.stride_w);
         line = copies ? wide * pitch : a.x_row;
         rows = flat ? (a.out_height - 1) * wide + a.out_width : 0;
         line_blocks = ceil_div(a.out_width, BLOCK_ROWS);
         blocks = flat ? ceil_div(rows, BLOCK_ROWS) : a.out_height * line_blocks;
         copied_lines = (a.out_height - 1) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1;
-        image_elements = copied_lines * line + tail();
+        plane = ceil_div(copied_lines, a.stride_h) * line;
+        image_elements = (sorted ? planes_h * planes_w * plane : copied_lines * line) + tail();
         together = (flat ? rows : a.out_width) <= TILE_ROWS ? 4 : 2;
         source = own;
         divide();
@@ -204,10 +213,11 @@ struct TileConv {
 
     void divide() {
         shared = copies && blocks < LOCAL_COPY_BLOCKS && a.kernel_h * a.kernel_w > 1;
+        if (sorted) shared = a.images < 2 * num_threads();
         const int64_t threads = num_threads(), groups = ceil_div(panels, together);
         const int64_t regions = copies && !shared ? a.images : 1, all = copies && !shared ? blocks : blocks * a.images;
         block_tasks = max(ceil_div(all, TASK_BLOCKS), min(all / 8, ceil_div(4 * threads, regions * a.groups)));
-        block_tasks = max<int64_t>(1, block_tasks);
+        block_tasks = sorted && !shared ? 1 : max<int64_t>(1, block_tasks);
         blocks_per_task = ceil_div(all, block_tasks);
         block_tasks = ceil_div(all, blocks_per_task) * regions;
         const int64_t others = block_tasks * a.groups;
@@ -221,8 +231,28 @@ struct TileConv {
         offsets = to;
         for (int64_t i = 0; i < a.kernel_h; ++i)
             for (int64_t j = 0; j < a.kernel_w; j += max<int64_t>(1, depth / a.channels))
-                for (int64_t c = 0; c < a.channels; c += depth)
-                    *to++ = (i * a.dilation_h * line + j * a.dilation_w * pitch + c) * size;
+                for (int64_t c = 0; c < a.channels; c += depth) *to++ = (place_offset(i * a.dilation_h, j * a.dilation_w) + c) * size;
+    }
+
+    // Where the pixel y lines below and x columns beside an output pixel's first one lies from that on.
+    int64_t place_offset(int64_t y, int64_t x) const {
+        if (!sorted) return y * line + x * pitch;
+        return (y % a.stride_h * planes_w + x % a.stride_w) * plane + y / a.stride_h * line + x / a.stride_w * pitch;
+    }
+
+    // One plane of an image's copy.
+    void sort_pixels(int64_t image, int64_t which, Element* to) const {
+        const int64_t unit = a.channels * a.groups, first = which / planes_w - a.pad_top, left = which % planes_w - a.pad_left;
+        const char* x = static_cast<const char*>(a.x) + image * a.x_image * core.element();
+        const Element nothing = core.padding();
+        for (int64_t i = 0; i < plane / line; ++i)
+            for (int64_t j = 0; j < wide; ++j, to += unit) {
+                const int64_t row = first + i * a.stride_h, column = left + j * a.stride_w;
+                if (row >= 0 && row < a.height && column >= 0 && column < a.width)
+                    core.copy(x + (row * a.x_row + column * a.x_pixel) * core.element(), unit, to);
+                else
+                    for (int64_t c = 0; c < unit; ++c) to[c] = nothing;
+            }
     }
 
     // Lines [first, first + count) of an image, counted with the padding above it, with what lies around them; after
@@ -285,11 +315,10 @@ struct TileConv {
             const int64_t run = min(a.out_width - column, block.rows - r);
             const int64_t line_out = (block.image * a.out_height + y) * max<int64_t>(1, a.out_step);
             const int64_t row = line_out * a.out_width + column;
-            for (int64_t q = 0; q < count && run > 0; ++q) {
-                const int64_t filter = (panel + q) * PANEL;
-                finish_run(a, core, c + r * ldc + q * PANEL, ldc, run, row, group * a.filters + filter,
-                                group * panels * PANEL + filter, min(PANEL, a.filters - filter));
-            }
+            const int64_t filter = panel * PANEL;
+            if (run > 0)
+                finish_run(a, core, c + r * ldc, ldc, run, row, group * a.filters + filter, group * panels * PANEL + filter,
+                           min(count * PANEL, a.filters - filter));
             r += max<int64_t>(0, run);
             if (run > 0) column += run;
             if (flat && r < block.rows) {  // what lies between two lines
@@ -305,6 +334,8 @@ struct TileConv {
         const int64_t some = min(together, panels - panel), ldc = together * PANEL;
         const int64_t stride = (flat ? 1 : a.stride_w) * pitch * size;
         const int64_t slice = count > 2 ? SLICE_STEPS : steps;
+        // Sums that are whole at once are finished out of the first-level cache.
+        const auto at = [&](int64_t i) { return (slice >= steps ? i % 2 : i) * BLOCK_ROWS * ldc; };
         int64_t configured = 0;
         for (int64_t start = 0; start < steps; start += slice) {
             const char* b[4];
@@ -319,14 +350,16 @@ struct TileConv {
                 const int64_t skipped = i == 0 ? NEAR_STEPS * step_bytes : next + (i - 1) * s.count * s.rate;
                 for (int k = 0; k < 2; ++k) s.ahead[k] = b[k] + skipped;
                 if (block.rows != configured) configure_steps(configured = block.rows, depth * size);
-                Sum* sums = c + i * BLOCK_ROWS * ldc;
+                Sum* sums = c + at(i);
                 if (block.rows > TILE_ROWS)
                     tiles_tall<E>(block.x, stride, b, s, sums, ldc, start > 0);
                 else if (some > 2)
                     tiles_flat<E, 4>(block.x, stride, b, s, sums, ldc, start > 0);
                 else
                     tiles_flat<E, 2>(block.x, stride, b, s, sums, ldc, start > 0);
-                if (last) finish_block(block, sums, ldc, group, panel, some);
+                // One block late, so that sums are on their way from the tiles to memory meanwhile.
+                if (last && i > 0) finish_block(list[i - 1], c + at(i - 1), ldc, group, panel, some);
+                if (last && i == count - 1) finish_block(block, sums, ldc, group, panel, some);
             }
         }
     }
@@ -341,10 +374,14 @@ struct TileConv {
         const Element* lines = source;
         int64_t line_zero = 0;
         if (local) {
-            line_zero = first_line(first);
-            const int64_t count = min(copied_lines, end_line(end - 1)) - line_zero;
-            Element* own = static_cast<Element*>(scratch(SCRATCH_INPUT, (count * line + tail()) * size));
-            copy_lines(part / parts, line_zero, count, true, own);
+            line_zero = sorted ? 0 : first_line(first);
+            const int64_t count = sorted ? 0 : min(copied_lines, end_line(end - 1)) - line_zero;
+            const int64_t elements = sorted ? image_elements : count * line + tail();
+            Element* own = static_cast<Element*>(scratch(SCRATCH_INPUT, elements * size));
+            if (sorted)
+                for (int64_t i = 0; i < planes_h * planes_w; ++i) sort_pixels(part / parts, i, own + i * plane);
+            else
+                copy_lines(part / parts, line_zero, count, true, own);
             lines = own;
         }
         Block* list = static_cast<Block*>(scratch(SCRATCH_PARTIAL, (end - first) * sizeof(Block)));
@@ -366,8 +403,9 @@ struct TileConv {
             Element* copy = static_cast<Element*>(scratch(SCRATCH_LINES, a.images * image_elements * size));
             source = copy;
             constexpr int64_t some = 4;  // lines; the last part also writes what lies after them
-            const int64_t parts = ceil_div(copied_lines, some);
+            const int64_t parts = sorted ? planes_h * planes_w : ceil_div(copied_lines, some);
             parallel(a.images * parts, [&](int64_t i) {
+                if (sorted) return sort_pixels(i / parts, i % parts, copy + i / parts * image_elements + i % parts * plane);
                 const int64_t first = i % parts * some, count = min(some, copied_lines - first);
                 copy_lines(i / parts, first, count, first + count == copied_lines,
                            copy + i / parts * image_elements + first * line);
