@@ -152,11 +152,18 @@ INLINE void block_of_rows(const X& x, int64_t rows, const char* const* b, int64_
     functions[rows - 1](x, b, panels, k, c, ldc, accumulate);
 }
 
-// Rows cut into blocks of at most `largest` and of nearly the same size (8 rows are 4 + 4, not 6 + 2).
+// Rows cut into blocks of at most `largest` and of nearly the same size (7 rows are 4 + 3, not 6 + 1).
 struct Blocks {
     int64_t rows, count;
     Blocks(int64_t rows, int64_t largest) : rows(rows), count(ceil_div(rows, largest)) {}
     int64_t first(int64_t i) const { return i * (rows / count) + min(i, rows % count); }
+};
+
+// `uneven`: 8 rows are 5 + 3, since blocks of 4 have but as many chains of sums as a multiply-add takes cycles.
+struct RowBlocks : Blocks {
+    bool uneven;
+    RowBlocks(int64_t rows, int64_t largest, bool uneven) : Blocks(rows, largest), uneven(uneven && rows == 8) {}
+    int64_t first(int64_t i) const { return uneven && i == 1 ? 5 : Blocks::first(i); }
 };
 
 // c[rows][panels * 16] (+)= x[rows][k] b, for rows of floats that lie `stride` apart.
@@ -175,13 +182,14 @@ static void gemm(const float* x, int64_t stride, int64_t rows, const char* const
 struct LinearJob {
     const LinearArgs* args;
     int64_t first_row;
-    Blocks blocks;
+    RowBlocks blocks;
     const void* x;  // the rows in the form that the kernel reads
     int64_t blocks_per_task, row_tasks;
     int64_t out_panels, panels_per_task, panel_tasks;
 
-    LinearJob(const LinearArgs& args, int64_t first_row, int64_t rows, int64_t largest_block, int64_t rows_per_task)
-        : args(&args), first_row(first_row), blocks(rows, largest_block), x(nullptr) {
+    LinearJob(const LinearArgs& args, int64_t first_row, int64_t rows, int64_t largest_block, int64_t rows_per_task,
+              bool uneven = false)
+        : args(&args), first_row(first_row), blocks(rows, largest_block, uneven), x(nullptr) {
         out_panels = args.silu_mul ? args.weight->panels / 2 : args.weight->panels;
         blocks_per_task = ceil_div(blocks.count, ceil_div(rows, rows_per_task));
         row_tasks = ceil_div(blocks.count, blocks_per_task);
@@ -274,7 +282,7 @@ static void float_task(const LinearJob& job, int64_t index) {
     float* c = static_cast<float*>(scratch(SCRATCH_ACCUMULATOR, task.rows * ldc * sizeof(float)));
     const float* x = static_cast<const float*>(job.x);
     const int64_t depth = SLICE_BYTES / B::bytes * B::step;
-    const int64_t together = panels_at_once(task.rows);
+    const int64_t together = panels_at_once(job.blocks.uneven ? 3 : task.rows);
     for (int64_t p = 0; p < task.weight_panels; p += together) {
         for (int64_t start = 0; start < k; start += depth) {
             const char* b[2 * MAX_PANELS_PER_TASK];
@@ -323,7 +331,8 @@ template <class B>
 static void linear_of(const LinearArgs& args) {
     const int64_t k = args.weight->k_padded;
     for (int64_t row = 0; row < args.rows; row += ROWS_PER_PASS) {
-        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row), B::max_rows, ROWS_PER_TASK);
+        constexpr bool uneven = W == 8 && B::bytes == Float32Panels::bytes && B::step == 1;
+        LinearJob job(args, row, min(ROWS_PER_PASS, args.rows - row), B::max_rows, ROWS_PER_TASK, uneven);
         float* x = static_cast<float*>(scratch(SCRATCH_INPUT, job.blocks.rows * k * sizeof(float)));
         pack_rows(job, x);
         job.x = x;

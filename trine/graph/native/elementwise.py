@@ -340,7 +340,7 @@ def emit_chain(tape: Recorder, chain: Chain, results: list[Value]) -> None:
 
 def _prefers_channels_last(inputs: list[Tensor], shape: tuple[int, ...]) -> bool:
     """Whether the largest operand has its channels innermost."""
-    return any(t.shape == shape and t.is_channels_last and not t.is_contiguous for t in inputs)
+    return any(t.shape == shape and t.is_image and not t.is_contiguous for t in inputs)
 
 
 def _allocate(chain: Chain, results: list[Value], single: Collection[int]) -> list[int]:

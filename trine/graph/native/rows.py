@@ -72,8 +72,8 @@ def group_norm(tape: Recorder, node: Node) -> bool:
     groups = node.attributes.get("num_groups", channels)
     if scale.shape != (channels,) or bias.shape != (channels,) or node.attributes.get("stash_type", 1) != 1:
         return False
-    last = x.is_channels_last and not x.is_contiguous
-    x, y = x if last else tape.rows(x), tape.output(node.output, channels_last=last)
+    last = x.is_image and not x.is_contiguous
+    x, y = tape.channels_last(x) if last else tape.rows(x), tape.output(node.output, channels_last=last)
     if last and not (y.is_channels_last and y.strides == x.strides):
         return False
     args = GroupNormArgs(

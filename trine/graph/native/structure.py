@@ -282,9 +282,7 @@ def concat(tape: Recorder, node: Node) -> bool:
         whole = tape.whole(node.output)
         tape.alias(node.output, whole)
     else:
-        last = len(node.output.static_shape) == 4 and any(
-            part.is_channels_last and not part.is_contiguous for part in known
-        )
+        last = len(node.output.static_shape) == 4 and any(part.is_image and not part.is_contiguous for part in known)
         whole = tape.output(node.output, channels_last=last)
     start = 0
     for part in known:

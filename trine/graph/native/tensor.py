@@ -93,6 +93,14 @@ class Tensor:
         """[N, C, …] with the channels innermost, without holes."""
         return len(self.shape) >= 3 and _dense(_turned(self.shape), _turned(self.strides))
 
+    @property
+    def is_image(self) -> bool:
+        """[N, C, …] with its channels, at least two, side by side, and perhaps holes between its pixels."""
+        if len(self.shape) < 3 or self.shape[1] < 2 or self.strides[1] != 1:
+            return False
+        others = zip(self.shape[2:], self.strides[2:], strict=True)
+        return all(stride >= self.shape[1] for size, stride in others if size > 1)
+
     def permute(self, order: Sequence[int]) -> Tensor:
         return replace(self, shape=tuple(self.shape[i] for i in order), strides=tuple(self.strides[i] for i in order))
 
