@@ -57,7 +57,7 @@ def test_a_network_with_branches_and_residuals(isa: str) -> None:
 
 def test_a_decoder_with_a_skip(isa: str) -> None:
     g = GraphMaker()
-    skip = conv(g, g.input(torch.randn(2, 16, 12, 12)), 16)
+    skip = conv(g, g.input(torch.randn(2, 8, 24, 24)), 16)
     low = conv(g, g.node("MaxPool", skip, kernel_shape=[2, 2], strides=[2, 2]), 32)
     up = g.node("ConvTranspose", low, torch.randn(32, 16, 2, 2), torch.randn(16), strides=[2, 2])
     check(g, [conv(g, g.node("Concat", up, skip, axis=1), 5)], 1)

@@ -6,7 +6,7 @@ written to around them moves on by an image each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trine.graph.dtypes import DType
@@ -123,7 +123,21 @@ def _runs(graph: Graph) -> list[list[Node]]:
                 runs.append([])
             runs[-1] += [*(between if runs[-1] else ()), node]
             between = []
-    return [run for run in runs if len(run) > 1]
+    return [run for run in runs if len(run) > 1 and _pays(run, users, set(graph.outputs))]
+
+
+def _pays(run: Sequence[Node], users: Mapping[Value, Sequence[Node]], outputs: Collection[Value]) -> bool:
+    """Whether more stays inside the loop than crosses its border; a concatenation copies what comes from outside."""
+    inside, made = set(run), {node.output for node in run}
+    entering = {value for node in run for value in _images(node) if value not in made}
+    crossing, kept = sum(value.nbytes or 0 for value in entering), 0
+    for node in run:
+        leaves = node.output in outputs or any(reader not in inside for reader in users.get(node.output, []))
+        if leaves or (node.op == "Concat" and not entering.isdisjoint(node.reads())):
+            crossing += node.output.nbytes or 0
+        else:
+            kept += node.output.nbytes or 0
+    return kept >= crossing
 
 
 def _weights(nodes: Sequence[Node]) -> int:
