@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -109,6 +110,9 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         sampling_defaults=config.sampling_defaults,
         summary=summary,
     )
+    if device.type == "cuda":
+        gc.collect()
+        gc.freeze()  # to go through all that loading made takes 0.1 s, in which the GPU would run dry
     return core, info
 
 

@@ -292,6 +292,8 @@ def release(executor: InlineExecutor | ThreadExecutor) -> None:
         return  # closed before
     on_gpu = executor._worker.device.type == "cuda"
     del executor._worker
+    if on_gpu:
+        gc.unfreeze()  # what was frozen when the engine was built
     gc.collect()  # modules and graphs refer to each other in circles
     if on_gpu:
         torch.cuda.empty_cache()
