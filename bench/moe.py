@@ -2,7 +2,7 @@
 
     python bench/moe.py [--only kernels,timing,tuning] [--json FILE]
 
-kernels  route, group and experts against trine.kernels.reference on random shapes, every plan
+kernels  the router and whole mixtures against trine.kernels.reference on random shapes, every plan
 timing   Qwen3-30B-A3B's layer for 1 to 8,192 tokens with random routing: each kernel's share of copy bandwidth or of
          the matrix rate measured in the same run, and torch's grouped product beside them
 tuning   the free choices of the grouped products, timed
@@ -11,6 +11,7 @@ tuning   the free choices of the grouped products, timed
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import os
@@ -18,7 +19,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,11 +31,13 @@ from trine.kernels import reference
 from trine.kernels.fp8 import Fp8Weight, pack_fp8
 from trine.kernels.triton import moe
 from trine.kernels.triton.moe_grouped import Tuning, matrix_product, stream_product
-from trine.kernels.triton.moe_route import Groups, group, route
+from trine.kernels.triton.moe_route import Groups, Lists, group, route
+from trine.kernels.types import AddNorm, Mixture
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of ‖out − ref‖ / ‖ref‖
 HIDDEN, INNER, NUM_EXPERTS, TOP_K = 2048, 768, 128, 8  # Qwen3-30B-A3B
+EPS = 1e-6
 ROWS = (1, 2, 16, 64, 256, 1024, 2048, 8192)
 
 
@@ -55,29 +57,42 @@ def check_round(seed: int) -> list[Check]:
     num_experts = chooser.choice([4, 8, 17, 128])
     top_k = chooser.choice([1, 2, min(8, num_experts)])
     rows = chooser.choice([1, 1, 2, 7, 16, 33, 70, 256, 700, 3000])
-    x, gate = randn(rows, hidden, dtype=dtype), randn(num_experts, hidden, dtype=dtype) * hidden**-0.5
+    x, residual = randn(rows, hidden, dtype=dtype), randn(rows, hidden, dtype=dtype)
+    gate = randn(num_experts, hidden, dtype=dtype) * hidden**-0.5
+    norms = [1 + 0.1 * randn(hidden, dtype=dtype) for _ in range(2)]
     normalize = chooser.random() < 0.5
     name = str(dtype).removeprefix("torch.")
-    weights, chosen = route(x, gate, top_k, normalize)
-    expected = reference.route(x, gate, top_k, normalize)
-    found = [(f"route weights {name}", error_of(weights, expected[0]), 1e-4)]
+    summed = residual.clone()
+    y = reference.add_rms_norm(x, summed, norms[0], EPS)
+    weights, chosen = route(y, gate, top_k, normalize)
+    found = []
+    expected = reference.route(y, gate, top_k, normalize)
+    found.append((f"route weights {name}", error_of(weights, expected[0]), 1e-4))
     # near ties may go either way: what was chosen must weigh what the reference's choice weighs
-    p = (x.double() @ gate.double().T).softmax(1)
+    p = (y.double() @ gate.double().T).softmax(1)
     found.append((f"route choice {name}", error_of(p.gather(1, chosen.long()), p.gather(1, expected[1].long())), 1e-4))
     gate_up = randn(num_experts, 2 * inner, hidden, dtype=dtype) * hidden**-0.5
     down = randn(num_experts, hidden, inner, dtype=dtype) * inner**-0.5
-    y = reference.experts(x, gate_up, down, weights, chosen)
     plans: list[moe.Plan | None] = [None]
     if dtype.itemsize == 2:
         plans += [plan for _, plan in moe.PLANS] + [moe.MANY_STREAMED]
         plans += [moe.MANY] if hidden % 8 == 0 and inner % 8 == 0 else []
-    for plan in plans:
-        own = moe.experts(x, gate_up, down, weights, chosen, plan)
-        kind = "by rows" if plan is None else f"{plan.row_block} {'resident' if plan.resident else 'stream'}"
-        found.append((f"experts {kind} {name}", error_of(own, y), TOLERANCE[dtype]))
     eighths = [rounded(weight) for weight in (gate_up, down)]
-    y = reference.experts(x, *(widened(weight, dtype) for weight in eighths), weights, chosen)
-    found.append((f"experts float8 {name}", error_of(moe.experts(x, *eighths, weights, chosen), y), TOLERANCE[dtype]))
+    wide = [widened(weight, dtype) for weight in eighths]
+    cases = [(gate_up, down, gate_up, down, plan) for plan in plans] + [(*eighths, *wide, None)]
+    for own_gate_up, own_down, plain_gate_up, plain_down, plan in cases:
+        wanted = reference.experts(y, plain_gate_up, plain_down, weights, chosen)
+        own = moe.mixture(
+            None, AddNorm(summed, norms[0], EPS), Mixture(gate, own_gate_up, own_down, top_k, normalize), None, plan
+        )
+        kind = "by rows" if plan is None else f"{plan.row_block} {'resident' if plan.resident else 'stream'}"
+        kind += " float8" if isinstance(own_gate_up, Fp8Weight) else ""
+        found.append((f"mixture {kind} {name}", error_of(own, wanted), TOLERANCE[dtype]))
+    wanted = reference.add_rms_norm(reference.experts(y, gate_up, down, weights, chosen), summed, norms[1], EPS)
+    before, after = (AddNorm(residual, norm, EPS) for norm in norms)
+    own = moe.mixture(x, before, Mixture(gate, gate_up, down, top_k, normalize), after)
+    found.append((f"between additions {name}", error_of(own, wanted), TOLERANCE[dtype]))
+    found.append((f"residual {name}", error_of(residual, summed), TOLERANCE[dtype]))
     return found
 
 
@@ -147,41 +162,45 @@ class Case:
     def groups(self, row_block: int) -> list[Groups]:
         return [group(chosen, self.layer.gate.shape[0], row_block) for _, chosen in self.routes]
 
+    def lists(self) -> list[Lists]:
+        """Each routing's choices by expert, with counts of their own: they are not set back between launches."""
+        num_experts = self.layer.gate.shape[0]
+        found = []
+        for _, chosen in self.routes:
+            counts = chosen.view(-1).bincount(minlength=num_experts)
+            numbers = chosen.view(-1).argsort(stable=True)
+            rank = torch.arange(len(numbers), device=DEVICE) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+            choices = torch.zeros((num_experts, self.rows), dtype=torch.int32, device=DEVICE)
+            choices[chosen.view(-1)[numbers].long(), rank] = numbers.to(torch.int32)
+            found.append(Lists(counts.to(torch.int32), choices))
+        return found
+
     def time(self, launch: Callable[[int], object]) -> float:
         return seconds(launch, self.copies)
 
-    def products(self, row_block: int, resident: bool, tuning: Tuning) -> tuple[float, float]:
+    def products(self, plan: moe.Plan) -> tuple[float, float]:
         """Seconds of gate-and-up and of down with one choice; infinite where it can't run."""
         times = []
-        groups = self.groups(row_block)
-        for silu, weight in ((True, self.layer.gate_up), (False, self.layer.down)):
-            source = [self.h] * self.copies
-            if silu:
-                source = (
-                    [moe.gather_rows(x, g, TOP_K) for x, g in zip(self.x, groups, strict=True)] if resident else self.x
-                )
+        for silu in (True, False):
             try:
-                if resident:
-                    launch = partial(_resident, source, weight, groups, tuning, silu)
-                else:
-                    launch = partial(_stream, source, weight, groups, tuning, silu)
-                times.append(self.time(launch))
+                times.append(self.time(self._resident(plan, silu) if plan.resident else self._stream(plan, silu)))
             except Exception as error:  # a choice that does not fit the card
-                print(f"            {astuple(tuning)} {silu}: {str(error).splitlines()[0][:80]}", flush=True)
+                print(f"            {plan} {silu}: {str(error).splitlines()[0][:80]}", flush=True)
                 times.append(math.inf)
         return times[0], times[1]
 
+    def _stream(self, plan: moe.Plan, silu: bool) -> Callable[[int], object]:
+        x, weight = (self.x, self.layer.gate_up) if silu else ([self.h] * self.copies, self.layer.down)
+        lists, choices, tuning = self.lists(), TOP_K if silu else 1, plan.gate_up if silu else plan.down
+        shape = self.rows * TOP_K, choices, plan.row_block, tuning
+        return lambda i: stream_product(x[i], weight, lists[i], *shape, silu=silu)
 
-def _stream(
-    x: list[torch.Tensor], weight: torch.Tensor, groups: list[Groups], tuning: Tuning, silu: bool, i: int
-) -> object:
-    return stream_product(x[i], weight, groups[i], tuning, silu=silu, choices=TOP_K if silu else 0)
-
-
-def _resident(
-    x: list[torch.Tensor], weight: torch.Tensor, groups: list[Groups], tuning: Tuning, silu: bool, i: int
-) -> object:
-    return matrix_product(x[i], weight, groups[i], tuning, silu=silu)
+    def _resident(self, plan: moe.Plan, silu: bool) -> Callable[[int], object]:
+        groups, x = self.groups(plan.row_block), [self.h] * self.copies
+        if silu:
+            x = [moe.gather_rows(own, sort, TOP_K) for own, sort in zip(self.x, groups, strict=True)]
+        weight, tuning = (self.layer.gate_up, plan.gate_up) if silu else (self.layer.down, plan.down)
+        return lambda i: matrix_product(x[i], weight, groups[i], tuning, silu=silu)
 
 
 def time_all(report: Report) -> None:
@@ -194,8 +213,8 @@ def time_all(report: Report) -> None:
 def time_rows(report: Report, case: Case, bandwidth: float, rate: float) -> None:
     layer, rows = case.layer, case.rows
     plan = moe.plan_for(rows * TOP_K, layer.gate_up, torch.bfloat16)
-    groups = case.groups(plan.row_block)
     moved = case.active * (layer.gate_up[0].nbytes + layer.down[0].nbytes)
+    moved_rows = 2 * rows * (TOP_K + 1) * HIDDEN
 
     def show(name: str, launch: Callable[[int], object], least: float) -> None:
         elapsed = case.time(launch)
@@ -203,25 +222,24 @@ def time_rows(report: Report, case: Case, bandwidth: float, rate: float) -> None
 
     show("route", lambda i: route(case.x[i], layer.gate, TOP_K, True), layer.gate.nbytes / bandwidth)
     if rows > 1:
-        show("group", lambda i: group(case.routes[i][1], NUM_EXPERTS, plan.row_block), 0.0)
+        sorts: list[Groups] | list[Lists] = case.groups(plan.row_block) if plan.resident else case.lists()
         if plan.resident:
-            moved_rows = 2 * rows * (TOP_K + 1) * HIDDEN
+            groups = case.groups(plan.row_block)
+            show("group", lambda i: group(case.routes[i][1], NUM_EXPERTS, plan.row_block), 0.0)
             show("gather", lambda i: moe.gather_rows(case.x[i], groups[i], TOP_K), moved_rows / bandwidth)
-        gate_up, down = case.products(plan.row_block, plan.resident, plan.gate_up)[0], case.products(
-            plan.row_block, plan.resident, plan.down)[1]  # fmt: skip
+        gate_up, down = case.products(plan)
         for name, elapsed, moved_here, products in (
             ("gate_up", gate_up, case.gate_up_bytes, 2), ("down", down, case.down_bytes, 1),
         ):  # fmt: skip
             shares = {"share": moved_here / elapsed / bandwidth, "matrix": products * case.operations / elapsed / rate}
             report.show("timing", f"{rows} rows {name}", us=elapsed * 1e6, **shares)
-        moved_rows = 2 * rows * (TOP_K + 1) * HIDDEN
-        show("combine", lambda i: moe.combine(case.y, groups[i], case.routes[i][0]), moved_rows / bandwidth)
-    ours = case.time(lambda i: moe.experts(case.x[i], layer.gate_up, layer.down, *case.routes[i]))
-    shares = {"share": moved / ours / bandwidth, "matrix": 3 * case.operations / ours / rate}
-    report.show("timing", f"{rows} rows experts", us=ours * 1e6, active=case.active, **shares)
-    eighths = case.time(lambda i: moe.experts(case.x[i], *case.eighths, *case.routes[i]))
-    shares = {"share": moved / 2 / eighths / bandwidth, "matrix": 3 * case.operations / eighths / rate}
-    report.show("timing", f"{rows} rows experts float8", us=eighths * 1e6, **shares)
+        show("combine", lambda i: moe.combine(case.y, sorts[i], case.routes[i][0]), moved_rows / bandwidth)
+    before = AddNorm(torch.zeros_like(case.x[0]), torch.ones(HIDDEN, dtype=torch.bfloat16, device=DEVICE), EPS)
+    for name, pair, share in (("", (layer.gate_up, layer.down), 1.0), (" float8", case.eighths, 0.5)):
+        mixture = Mixture(layer.gate, *pair, TOP_K, True)
+        elapsed = case.time(lambda i, own=mixture: moe.mixture(case.x[i], before, own, before))
+        shares = {"share": share * moved / elapsed / bandwidth, "matrix": 3 * case.operations / elapsed / rate}
+        report.show("timing", f"{rows} rows whole{name}", us=elapsed * 1e6, active=case.active, **shares)
     if rows >= 256:
         time_library(report, case, rate)
 
@@ -261,48 +279,33 @@ MATRIX_TUNINGS = [
 ]  # fmt: skip
 
 
-def choices() -> Iterator[tuple[int, bool, Tuning]]:
-    """Row block, whether `matrix_product`, tuning: everything that is timed, once."""
+def plans() -> Iterator[tuple[int, moe.Plan]]:
+    """Rows, and a plan in which both products have the same choice: everything that is timed."""
     for blocks, resident, tunings in ((STREAM_ROWS, False, STREAM_TUNINGS), (MATRIX_ROWS, True, MATRIX_TUNINGS)):
-        for row_block in sorted({block for own in blocks.values() for block in own}):
-            for tuning in tunings:
-                yield row_block, resident, tuning
+        for rows, row_blocks in blocks.items():
+            for row_block, tuning in itertools.product(row_blocks, tunings):
+                yield rows, moe.Plan(row_block, tuning, tuning, resident)
 
 
-def precompile(choice: tuple[int, bool, Tuning]) -> None:
-    """Put one choice's kernels into the compiler's cache on disk."""
-    row_block, resident, tuning = choice
-    layer = Layer.random(16)
-    chosen = torch.randint(0, 16, (32, TOP_K), dtype=torch.int32, device=DEVICE)
-    groups = group(chosen, 16, row_block)
-    for silu, weight in ((True, layer.gate_up), (False, layer.down)):
-        try:
-            if resident:
-                x = randn(32 * TOP_K, weight.shape[2], dtype=torch.bfloat16)
-                matrix_product(x, weight, groups, tuning, silu=silu)
-            else:
-                x = randn(32 if silu else 32 * TOP_K, weight.shape[2], dtype=torch.bfloat16)
-                stream_product(x, weight, groups, tuning, silu=silu, choices=TOP_K if silu else 0)
-            torch.cuda.synchronize()
-        except Exception as error:
-            print(f"{choice} {silu}: {type(error).__name__} {str(error)[:60]}", flush=True)
+def precompile(plan: moe.Plan) -> None:
+    """Put one plan's kernels into the compiler's cache on disk."""
+    Case(Layer.random(16), 32).products(plan)
 
 
 def tune(report: Report) -> None:
     """Microseconds of gate-and-up and of down for each choice, with the row block and for the rows in the name."""
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
-        pool.map(precompile, list(choices()), chunksize=2)
+        pool.map(precompile, sorted({plan for _, plan in plans()}, key=str), chunksize=2)
     layer = Layer.random()
-    for blocks, resident, tunings in ((STREAM_ROWS, False, STREAM_TUNINGS), (MATRIX_ROWS, True, MATRIX_TUNINGS)):
-        for rows, row_blocks in blocks.items():
-            case = Case(layer, rows)
-            for row_block in row_blocks:
-                times = {tuning: case.products(row_block, resident, tuning) for tuning in tunings}
-                for at, name in enumerate(("gate_up", "down")):
-                    ranked = sorted((own[at], str(astuple(tuning)).replace(" ", "")) for tuning, own in times.items())
-                    listed = {choice: round(elapsed * 1e6, 1) for elapsed, choice in ranked if elapsed < math.inf}
-                    kind = "matrix" if resident else "stream"
-                    report.show("tuning", f"{kind} {rows} rows by {row_block} {name}", **listed)
+    for rows, same_rows in itertools.groupby(plans(), key=lambda own: own[0]):
+        case = Case(layer, rows)
+        for row_block, same_block in itertools.groupby(same_rows, key=lambda own: own[1].row_block):
+            times = {plan: case.products(plan) for _, plan in same_block}
+            for at, name in enumerate(("gate_up", "down")):
+                ranked = sorted((own[at], str(astuple(plan.gate_up)).replace(" ", "")) for plan, own in times.items())
+                listed = {choice: round(elapsed * 1e6, 1) for elapsed, choice in ranked if elapsed < math.inf}
+                kind = "matrix" if next(iter(times)).resident else "stream"
+                report.show("tuning", f"{kind} {rows} rows by {row_block} {name}", **listed)
 
 
 def main() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from trine.kernels import reference
-from trine.kernels import triton as kernels
 from trine.kernels.fp8 import Fp8Weight, pack_fp8
 from trine.kernels.triton import moe
 from trine.kernels.triton.moe_grouped import Tuning
-from trine.kernels.triton.moe_route import group, route
+from trine.kernels.triton.moe_route import Lists, group, route
+from trine.kernels.types import AddNorm, Mixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -33,12 +35,18 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
     [(1, 64, 128, 8), (5, 100, 6, 1), (16, 96, 12, 3), (40, 160, 17, 5), (300, 64, 17, 2)],
 )
 def test_route(rows: int, hidden: int, num_experts: int, top_k: int, normalize: bool) -> None:
+    """Weights, choices, and the lists of each expert's choices."""
     x, gate = random(rows, hidden), random(num_experts, hidden, seed=1) * 0.2
     for _ in range(2):  # the first launch leaves its counter ready for the second
-        weights, chosen = route(x, gate, top_k, normalize)
+        lists = Lists.empty(rows, num_experts, x.device)
+        weights, chosen = route(x, gate, top_k, normalize, lists)
         expected_weights, expected = reference.route(x, gate, top_k, normalize)
         assert torch.equal(chosen, expected)
         torch.testing.assert_close(weights, expected_weights)
+        for expert, count in enumerate(lists.counts.tolist()):
+            choices = (expected.view(-1) == expert).nonzero().view(-1).tolist()
+            assert sorted(lists.choices[expert, :count].tolist()) == choices
+        lists.counts.zero_()
 
 
 @pytest.mark.parametrize("rows", [1, 20, 300])
@@ -74,14 +82,31 @@ def test_groups(rows: int, num_experts: int, top_k: int, row_block: int) -> None
     assert list(zip(groups.tile_experts[:count].tolist(), groups.tile_starts[:count].tolist(), strict=True)) == tiles
 
 
-def mixture(
-    rows: int, hidden: int, inner: int, num_experts: int, top_k: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = random(rows, hidden, dtype=dtype)
-    gate_up = random(num_experts, 2 * inner, hidden, dtype=dtype, seed=1) * hidden**-0.5
-    down = random(num_experts, hidden, inner, dtype=dtype, seed=2) * inner**-0.5
-    weights, chosen = reference.route(x, random(num_experts, hidden, seed=3) * 0.1, top_k, True)
-    return x, gate_up, down, weights, chosen
+def mixture(rows: int, hidden: int, inner: int, num_experts: int, top_k: int, dtype: torch.dtype) -> Mixture:
+    return Mixture(
+        gate=random(num_experts, hidden, dtype=dtype, seed=3) * 0.1,
+        gate_up=random(num_experts, 2 * inner, hidden, dtype=dtype, seed=1) * hidden**-0.5,
+        down=random(num_experts, hidden, inner, dtype=dtype, seed=2) * inner**-0.5,
+        top_k=top_k,
+        normalize=True,
+    )
+
+
+def assert_right(rows: int, own: Mixture, equal: Mixture, plan: moe.Plan | None = None) -> None:
+    """`own` by kernels is `equal` by the reference, between two additions to a residual stream and their norms."""
+    hidden, dtype = own.gate.shape[1], own.gate.dtype
+    x, residual = random(rows, hidden, dtype=dtype), random(rows, hidden, dtype=dtype, seed=4)
+    norms = [1 + 0.1 * random(hidden, dtype=dtype, seed=5 + i) for i in range(2)]
+    expected_residual = residual.clone()
+    y = reference.add_rms_norm(x, expected_residual, norms[0], 1e-6)
+    choice = reference.route(y, equal.gate, equal.top_k, equal.normalize)
+    assert isinstance(equal.gate_up, torch.Tensor)
+    assert isinstance(equal.down, torch.Tensor)
+    y = reference.experts(y, equal.gate_up, equal.down, *choice)
+    y = reference.add_rms_norm(y, expected_residual, norms[1], 1e-6)
+    before, after = (AddNorm(residual, norm, 1e-6) for norm in norms)
+    assert_near(moe.mixture(x, before, own, after, plan), y)
+    assert_near(residual, expected_residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -89,32 +114,47 @@ def mixture(
     ("rows", "hidden", "inner", "num_experts", "top_k"),
     [(1, 64, 48, 8, 3), (1, 96, 128, 5, 1), (2, 64, 40, 7, 7), (21, 100, 60, 4, 2), (150, 64, 128, 2, 1)],
 )
-def test_experts(rows: int, hidden: int, inner: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
+def test_mixture(rows: int, hidden: int, inner: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
     case = mixture(rows, hidden, inner, num_experts, top_k, dtype)
-    assert_near(kernels.experts(*case), reference.experts(*case))
+    for _ in range(2):  # counts are zero again
+        assert_right(rows, case, case)
 
 
 @pytest.mark.parametrize("rows", [1, 30])
 def test_float8_experts(rows: int) -> None:
-    x, gate_up, down, weights, chosen = mixture(rows, 96, 64, 6, 3, torch.float16)
+    case = mixture(rows, 96, 64, 6, 3, torch.float16)
     eighths = []
-    for weight in (gate_up, down):
+    for weight in (case.gate_up, case.down):
+        assert isinstance(weight, torch.Tensor)
         flat = pack_fp8(weight.flatten(0, 1))
         eighths.append(Fp8Weight(flat.values.view(weight.shape), flat.scales.view(weight.shape[:2])))
     plain = [(weight.values.float() * weight.scales[:, :, None]).half() for weight in eighths]
-    assert_near(kernels.experts(x, *eighths, weights, chosen), reference.experts(x, *plain, weights, chosen))
+    own = replace(case, gate_up=eighths[0], down=eighths[1])
+    assert_right(rows, own, replace(case, gate_up=plain[0], down=plain[1]))
 
 
 @pytest.mark.parametrize("resident", [False, True])
 def test_plans(resident: bool) -> None:
     """Many rows of few experts, one without any; tiles that end within a block."""
-    case = mixture(90, 64, 80, 4, 2, torch.float16)
-    case[4].clamp_(max=2)
+    case = mixture(90, 64, 80, 5, 2, torch.float16)
+    case.gate[4] = 0  # the others' weights are larger in sum, mostly
     plan = moe.Plan(32, Tuning(64, 64, 4, 2), Tuning(32, 32, 4, 2), resident)
-    assert_near(moe.experts(*case, plan), reference.experts(*case))
+    assert_right(90, case, case, plan)
+
+
+def test_without_what_comes_before_and_after() -> None:
+    """Where the sum has been made, and where what comes after rounds for a product."""
+    case, residual = mixture(33, 64, 32, 4, 2, torch.float32), random(33, 64)
+    norm = random(64, seed=1)
+    y = reference.rms_norm(residual, norm, 1e-6)
+    assert isinstance(case.gate_up, torch.Tensor)
+    assert isinstance(case.down, torch.Tensor)
+    y = reference.experts(y, case.gate_up, case.down, *reference.route(y, case.gate, 2, True))
+    assert_near(moe.mixture(None, AddNorm(residual, norm, 1e-6), case, None), y)
 
 
 def test_no_rows() -> None:
-    x, gate_up, down, weights, chosen = mixture(3, 64, 32, 4, 2, torch.float32)
-    assert kernels.experts(x[:0], gate_up, down, weights[:0], chosen[:0]).shape == (0, 64)
-    assert route(x[:0], gate_up[0, :4], 2, True)[0].shape == (0, 2)
+    case, empty = mixture(3, 64, 32, 4, 2, torch.float32), random(0, 64)
+    before = AddNorm(empty, random(64), 1e-6)
+    assert moe.mixture(empty, before, case, before).shape == (0, 64)
+    assert route(empty, case.gate, 2, True)[0].shape == (0, 2)

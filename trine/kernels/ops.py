@@ -19,7 +19,7 @@ import torch
 
 from trine.kernels import fp8, reference
 from trine.kernels.fp8 import Fp8Weight, Rows
-from trine.kernels.types import Backend, DecoderLayer, PackedWeight, PagedBatch, Weight
+from trine.kernels.types import AddNorm, Backend, DecoderLayer, Mixture, PackedWeight, PagedBatch, Weight
 
 _reference_only = os.environ.get("TRINE_KERNELS", "") == "reference"
 
@@ -251,30 +251,25 @@ def gelu(x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor:
     return _of(x).gelu(x, approximate)
 
 
-def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [T, K] float32 and numbers [T, K] int32 of the experts that a router gate [E, H] chooses for x [T, H]."""
-    if x.is_cuda:
-        return _of(x).route(x, gate, top_k, normalize)
-    return reference.route(x, gate, top_k, normalize)
+def mixture(x: torch.Tensor | None, before: AddNorm, weights: Mixture, after: AddNorm, reader: Weight | None) -> Rows:
+    """`before` with x [T, H], or without an x the norm alone; of each token the chosen experts' gated MLPs, summed with
+    their weights; `after` with that, in the form that the product with `reader` takes fastest, or a tensor without one.
 
-
-def experts(
-    x: torch.Tensor,
-    gate_up: Weight | Sequence[Weight],
-    down: Weight | Sequence[Weight],
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-) -> torch.Tensor:
-    """The chosen experts' gated MLPs of each token of x [T, H], summed with their weights: [T, H].
-
-    On a GPU weights are stacked: gate_up [E, 2I, H] and down [E, H, I]. Elsewhere `linear` computes expert by expert.
+    On a GPU weights are stacked. Elsewhere `linear` computes expert by expert.
     """
-    if isinstance(gate_up, Sequence) or isinstance(down, Sequence) or not x.is_cuda or _reference_only:
-        return reference.experts(
-            x, _expert_by_expert(gate_up), _expert_by_expert(down), weights, chosen, linear_silu_mul, linear
-        )
-    y: torch.Tensor = import_module("trine.kernels.triton").experts(x, gate_up, down, weights, chosen)
-    return y
+    residual, gate_up, down = before.residual, weights.gate_up, weights.down
+    if isinstance(gate_up, Sequence) or isinstance(down, Sequence) or not residual.is_cuda or _reference_only:
+        if x is None:
+            y = rms_norm(residual, before.weight, before.eps)
+        else:
+            y = add_rms_norm(x, residual, before.weight, before.eps)
+        choice = reference.route(y, weights.gate, weights.top_k, weights.normalize)
+        each = _expert_by_expert(gate_up), _expert_by_expert(down)
+        y = reference.experts(y, *each, *choice, linear_silu_mul, linear)
+        return add_rms_norm(y, after.residual, after.weight, after.eps)
+    rounds = reader is not None and _rounds_for(reader, residual)
+    y = import_module("trine.kernels.triton.moe").mixture(x, before, weights, None if rounds else after)
+    return add_rms_norm_for(reader, y, after.residual, after.weight, after.eps) if reader is not None and rounds else y
 
 
 def _expert_by_expert(weight: Weight | Sequence[Weight]) -> Sequence[Weight]:

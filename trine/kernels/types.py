@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -47,6 +48,28 @@ Weight = torch.Tensor | PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
+class AddNorm:
+    """What is done with [T, H]: it is added to `residual` [T, H] in place, and the sum's RMS norm [T, H] taken."""
+
+    residual: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: the router's `gate` [E, H], which chooses `top_k` for a token and may `normalize` their
+    weights; the experts' gate_up [E, 2I, H], gates over ups, and down [E, H, I], stacked or a list.
+    """
+
+    gate: torch.Tensor
+    gate_up: Weight | Sequence[Weight]
+    down: Weight | Sequence[Weight]
+    top_k: int
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One layer of a decoder of the Llama kind: fused projections, norms, its cache. Biases, head norms may be none."""
 
@@ -81,10 +104,6 @@ class Backend(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
     def gelu(self, x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor: ...
-
-    def route(
-        self, x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def prepare_qkv(
         self,

@@ -8,8 +8,6 @@ from trine.kernels.reference import embedding
 from trine.kernels.triton.activation import gelu, silu_mul
 from trine.kernels.triton.attention import paged_attention, supports
 from trine.kernels.triton.gated_linear import linear_silu_mul
-from trine.kernels.triton.moe import experts
-from trine.kernels.triton.moe_route import route
 from trine.kernels.triton.norm import add_rms_norm, layer_norm, rms_norm
 from trine.kernels.triton.qkv import prepare_qkv
 from trine.kernels.triton.small_linear import linear, linear_prepare_qkv
@@ -17,7 +15,6 @@ from trine.kernels.triton.small_linear import linear, linear_prepare_qkv
 __all__ = [
     "add_rms_norm",
     "embedding",
-    "experts",
     "gelu",
     "layer_norm",
     "linear",
@@ -26,7 +23,6 @@ __all__ = [
     "paged_attention",
     "prepare_qkv",
     "rms_norm",
-    "route",
     "silu_mul",
     "supports",
 ]

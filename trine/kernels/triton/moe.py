@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import triton
@@ -11,11 +15,10 @@ import triton.language as tl
 from trine.kernels.fp8 import Fp8Weight
 from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
 from trine.kernels.triton.moe_grouped import Tuning, matrix_product, stream_product
-from trine.kernels.triton.moe_route import Groups, group
+from trine.kernels.triton.moe_route import Groups, Lists, group, route
 from trine.kernels.triton.moe_single import single_row
-from trine.kernels.types import Weight
-
-_BLOCK = 1024
+from trine.kernels.triton.norm import add_rms_norm, rms_norm
+from trine.kernels.types import AddNorm, Mixture, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +74,42 @@ def _gather_kernel(
 
 @triton.jit
 def _combine_kernel(
-    x_ptr, places_ptr, weights_ptr, y_ptr, hidden, top_k: tl.constexpr, block: tl.constexpr, early: tl.constexpr
-):
-    """Program (t, i): columns block i of token t's choices, summed with their weights."""
-    wait_for_inputs(early)
+    x_ptr, places_ptr, weights_ptr, counts_ptr, residual_ptr, norm_ptr, y_ptr, residual_stride,
+    num_experts, hidden, eps,
+    is_sorted: tl.constexpr, listed: tl.constexpr, add_norm: tl.constexpr, top_k: tl.constexpr, block: tl.constexpr,
+    experts_block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """Program t: token t's choices, summed with their weights; with `add_norm` added to the residual stream and normed.
+
+    The first one sets `listed` counts back to zero.
+    """
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * block + tl.arange(0, block)
+    columns = tl.arange(0, block)
     inside = columns < hidden
+    if add_norm:
+        norm = tl.load(norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(early)
     y = tl.zeros([block], tl.float32)
     for choice in tl.static_range(top_k):
-        place = tl.load(places_ptr + row * top_k + choice).to(tl.int64)
+        place = row * top_k + choice
+        if is_sorted:
+            place = tl.load(places_ptr + place).to(tl.int64)
         x = tl.load(x_ptr + place * hidden + columns, mask=inside, other=0.0).to(tl.float32)
         y += x * tl.load(weights_ptr + row * top_k + choice)
-    tl.store(y_ptr + row * hidden + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = y.to(y_ptr.dtype.element_ty)
+    if add_norm:
+        residual_row_ptr = residual_ptr + row * residual_stride + columns
+        total = y.to(tl.float32) + tl.load(residual_row_ptr, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_row_ptr, total, mask=inside)
+        x = total.to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / hidden + eps)
+        y = (x * scale * norm).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * hidden + columns, y, mask=inside)
+    if listed:  # noqa: SIM102  # only this is known when it compiles
+        if row == 0:
+            experts = tl.arange(0, experts_block)
+            tl.store(counts_ptr + experts, tl.zeros([experts_block], tl.int32), mask=experts < num_experts)
 
 
 def gather_rows(x: torch.Tensor, groups: Groups, choices: int) -> torch.Tensor:
@@ -98,18 +124,28 @@ def gather_rows(x: torch.Tensor, groups: Groups, choices: int) -> torch.Tensor:
     return y
 
 
-def combine(x: torch.Tensor, groups: Groups, weights: torch.Tensor) -> torch.Tensor:
-    """Each token's results in x [P, H], summed with `weights` [T, K] in the order of its choices: [T, H]."""
+def combine(x: torch.Tensor, how: Groups | Lists, weights: torch.Tensor, after: AddNorm | None = None) -> torch.Tensor:
+    """Each token's results in x [P, H], summed with `weights` [T, K] in the order of its choices, then `after`: [T, H].
+
+    x is sorted as `how` says, or a row a choice; the lists' counts become zero.
+    """
     (num_rows, top_k), hidden = weights.shape, x.shape[1]
     y = torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
-    block = min(triton.next_power_of_2(hidden), _BLOCK)
-    _combine_kernel[(num_rows, cdiv(hidden, block))](
-        x, groups.places, weights, y, hidden, top_k=top_k, block=block, num_warps=4, **early_launch(x.device)
-    )
+    places, counts = (how.places, None) if isinstance(how, Groups) else (None, how.counts)
+    residual, norm, eps = (after.residual, after.weight, after.eps) if after else (None, None, 0.0)
+    block = triton.next_power_of_2(hidden)
+    num_experts = 0 if counts is None else counts.shape[0]
+    _combine_kernel[(num_rows,)](
+        x, places, weights, counts, residual, norm, y, 0 if residual is None else residual.stride(0),
+        num_experts, hidden, eps,
+        is_sorted=places is not None, listed=counts is not None, add_norm=after is not None, top_k=top_k, block=block,
+        experts_block=triton.next_power_of_2(num_experts), num_warps=min(max(block // 512, 1), 16),
+        **early_launch(x.device),
+    )  # fmt: skip
     return y
 
 
-def _stacked(weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _stacked(weight: Weight | Sequence[Weight]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Values [E, N, K] and, of float8, scales [E, N]."""
     if isinstance(weight, Fp8Weight):
         return weight.values, weight.scales
@@ -118,33 +154,65 @@ def _stacked(weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, None
 
 
-def experts(
-    x: torch.Tensor,
-    gate_up: Weight,
-    down: Weight,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    plan: Plan | None = None,
-) -> torch.Tensor:
-    """The experts `chosen` [T, K] int32 of each row of x [T, H], summed with `weights` [T, K] float32: [T, H].
+@cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The products for a Hopper GPU and a Triton that has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("trine.kernels.triton.hopper_moe")
+    except ImportError:
+        return None
 
-    gate_up [E, 2I, H] holds gates over ups, down is [E, H, I]; tensors, or float8 with scales [E, 2I] and [E, H], while
-    activations keep their precision. A row's result does not depend on the rows beside it, except through the plan,
-    which goes by their number.
-    """
-    gate_up, gate_up_scales = _stacked(gate_up)
-    down, down_scales = _stacked(down)
-    num_rows, top_k = chosen.shape
-    if num_rows == 0:
-        return torch.empty_like(x)
-    if num_rows == 1 and plan is None:
-        return single_row(x, gate_up, down, weights, chosen, gate_up_scales, down_scales)
-    plan = plan or plan_for(chosen.numel(), gate_up, x.dtype)
-    groups = group(chosen, gate_up.shape[0], plan.row_block)
-    if plan.resident:
+
+def _experts(
+    x: torch.Tensor,
+    weights: Mixture,
+    shares: torch.Tensor,
+    chosen: torch.Tensor,
+    lists: Lists | None,
+    plan: Plan,
+    after: AddNorm | None,
+) -> torch.Tensor:
+    """The experts `chosen` [T, K] of each row of x [T, H], summed by their `shares` [T, K], then `after`: [T, H]."""
+    gate_up, gate_up_scales = _stacked(weights.gate_up)
+    down, down_scales = _stacked(weights.down)
+    top_k = weights.top_k
+    if lists is None:
+        groups = group(chosen, gate_up.shape[0], plan.row_block)
         h = matrix_product(gather_rows(x, groups, top_k), gate_up, groups, plan.gate_up, silu=True)
-        y = matrix_product(h, down, groups, plan.down, silu=False)
+        return combine(matrix_product(h, down, groups, plan.down, silu=False), groups, shares, after)
+    own, hopper = (lists, chosen.numel()), _hopper(x.device)
+    if hopper is not None and hopper.can_stream(x, gate_up) and hopper.can_stream(x, down):
+        h = hopper.stream_product(x, gate_up, *own, top_k, plan.row_block, silu=True)
+        y = hopper.stream_product(h, down, *own, 1, plan.row_block, silu=False)
     else:
-        h = stream_product(x, gate_up, groups, plan.gate_up, silu=True, choices=top_k, scales=gate_up_scales)
-        y = stream_product(h, down, groups, plan.down, silu=False, choices=0, scales=down_scales)
-    return combine(y, groups, weights)
+        h = stream_product(x, gate_up, *own, top_k, plan.row_block, plan.gate_up, silu=True, scales=gate_up_scales)
+        y = stream_product(h, down, *own, 1, plan.row_block, plan.down, silu=False, scales=down_scales)
+    return combine(y, lists, shares, after)
+
+
+def mixture(
+    x: torch.Tensor | None, before: AddNorm, weights: Mixture, after: AddNorm | None, plan: Plan | None = None
+) -> torch.Tensor:
+    """`before` with x [T, H], or without an x the norm alone; of each token the chosen experts' gated MLPs, summed with
+    their weights; `after` with that, if there is one: [T, H].
+
+    Experts are stacked: tensors, or float8 with scales [E, 2I] and [E, H], while activations keep their precision. A
+    row's result does not depend on the rows beside it, except through the plan, which goes by their number.
+    """
+    num_rows = before.residual.shape[0]
+    gate_up, gate_up_scales = _stacked(weights.gate_up)
+    single = num_rows == 1 and plan is None
+    plan = plan or plan_for(num_rows * weights.top_k, gate_up, before.residual.dtype)
+    lists = None if single or plan.resident else Lists.empty(num_rows, gate_up.shape[0], gate_up.device)
+    norm = before.weight, before.eps
+    y = rms_norm(before.residual, *norm) if x is None else add_rms_norm(x, before.residual, *norm)
+    shares, chosen = route(y, weights.gate, weights.top_k, weights.normalize, lists)
+    if num_rows == 0:
+        return y
+    if not single:
+        return _experts(y, weights, shares, chosen, lists, plan, after)
+    down, down_scales = _stacked(weights.down)
+    y = single_row(y, gate_up, down, shares, chosen, gate_up_scales, down_scales)
+    return y if after is None else add_rms_norm(y, after.residual, after.weight, after.eps)

@@ -1,11 +1,11 @@
-"""The products of a mixture of experts: rows sorted by expert, each tile of rows times its own expert's weights.
+"""The products of a mixture of experts: each tile of rows that chose an expert times that expert's weights.
 
 Roofline: the weights of every expert with rows are read once (9.4 MB an expert in Qwen3-30B-A3B), 2 * N * K operations
 a row. Up to some 180 rows an expert memory bounds it, from there on the matrix units.
 
 Two kernels for the two sides of that. `_stream_kernel` gathers a tile of few rows and multiplies weights from the left
 (weights are the long side of the matrix instruction, so that 16 rows don't cost as much as 64); it takes any shape.
-`_matrix_kernel` keeps programs resident and reads both operands with the copy engine.
+`_matrix_kernel` takes rows sorted by expert, keeps programs resident and reads both operands with the copy engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trine.kernels.triton.device import cdiv, early_launch, num_multiprocessors, wait_for_inputs
-from trine.kernels.triton.moe_route import Groups
+from trine.kernels.triton.moe_route import Groups, Lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,36 @@ class Tuning:
 
 
 @triton.jit
+def _find_tile(counts_ptr, tile, num_experts, row_block: tl.constexpr, experts_block: tl.constexpr):
+    """Tile `tile` of all experts' tiles of at most `row_block` choices, in order: (expert, its choices before the tile,
+    its choices from there on). None where there is no such tile.
+    """
+    experts = tl.arange(0, experts_block)
+    counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
+    ends = tl.cumsum(tl.cdiv(counts, row_block), 0)
+    behind = ends <= tile
+    expert = tl.sum(behind.to(tl.int32), 0)
+    first = (tile - tl.max(tl.where(behind, ends, 0), 0)) * row_block
+    return expert, first, tl.sum(tl.where(experts == expert, counts, 0), 0) - first
+
+
+@triton.jit(do_not_specialize=["capacity"])
 def _stream_kernel(
-    x_ptr, weight_ptr, scales_ptr, y_ptr, order_ptr, ends_ptr, tile_experts_ptr, tile_starts_ptr, num_tiles_ptr,
-    inputs, outputs, x_stride, choices,
-    has_scales: tl.constexpr, silu: tl.constexpr, gather: tl.constexpr, row_block: tl.constexpr,
-    column_block: tl.constexpr, k_block: tl.constexpr, even: tl.constexpr, num_stages: tl.constexpr,
-    early: tl.constexpr,
+    x_ptr, weight_ptr, scales_ptr, y_ptr, counts_ptr, lists_ptr, capacity, num_experts, inputs, outputs, x_stride,
+    has_scales: tl.constexpr, silu: tl.constexpr, choices: tl.constexpr, row_block: tl.constexpr,
+    column_block: tl.constexpr, k_block: tl.constexpr, even: tl.constexpr, experts_block: tl.constexpr,
+    num_stages: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): columns block i of tile j. Rows of x are sorted choices, or `gather`: tokens."""
+    """Program (i, j): columns block i of tile j. Choice c is computed from row c // choices of x to row c of y."""
     wait_for_inputs(early)
-    if tl.program_id(1) >= tl.load(num_tiles_ptr):
+    expert, first, count = _find_tile(counts_ptr, tl.program_id(1), num_experts, row_block, experts_block)
+    if count <= 0:
         return
-    expert = tl.load(tile_experts_ptr + tl.program_id(1)).to(tl.int64)
-    places = tl.load(tile_starts_ptr + tl.program_id(1)) + tl.arange(0, row_block)
-    present = places < tl.load(ends_ptr + expert)
-    rows = places
-    if gather:
-        rows = tl.load(order_ptr + places, mask=present, other=0) // choices
+    present = tl.arange(0, row_block) < count
+    list_ptr = lists_ptr + expert.to(tl.int64) * capacity + first
+    places = tl.load(list_ptr + tl.arange(0, row_block), mask=present, other=0)
+    rows = places // choices
+    expert = expert.to(tl.int64)
     columns = tl.program_id(0) * column_block + tl.arange(0, column_block)
     served = columns < outputs
     ks = tl.arange(0, k_block)
@@ -120,26 +133,30 @@ def _matrix_kernel(
 def stream_product(
     x: torch.Tensor,
     weight: torch.Tensor,
-    groups: Groups,
+    lists: Lists,
+    num_choices: int,
+    choices: int,
+    row_block: int,
     tuning: Tuning,
     *,
     silu: bool,
-    choices: int,
     scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rows of x times the transposes of their experts' weights [E, N, K], in sorted order: [P, N], or silu: [P, N / 2].
+    """Rows of x times the transposes of their experts' weights [E, N, K], a row a choice: [P, N], or silu: [P, N / 2].
 
-    `choices` a token: x has the tokens [T, K], which are gathered; 0: x [P, K] is sorted itself. weight is of x's
-    dtype, or float8 with `scales` [E, N] float32.
+    Choice c takes row c // choices of x: `choices` is K of tokens [T, K], or 1 where x [P, K] has a row a choice.
+    weight is of x's dtype, or float8 with `scales` [E, N] float32.
     """
-    inputs, outputs = weight.shape[2], weight.shape[1] // (2 if silu else 1)
-    y = torch.empty((groups.order.shape[0], outputs), dtype=x.dtype, device=x.device)
-    _stream_kernel[(cdiv(outputs, tuning.column_block), groups.tile_experts.shape[0])](
-        x, weight, scales, y, groups.order, groups.ends, groups.tile_experts, groups.tile_starts, groups.num_tiles,
-        inputs, outputs, x.stride(0), choices, has_scales=scales is not None,
-        silu=silu, gather=choices > 0, row_block=groups.row_block, column_block=tuning.column_block,
+    num_experts, inputs = weight.shape[0], weight.shape[2]
+    outputs = weight.shape[1] // (2 if silu else 1)
+    y = torch.empty((num_choices, outputs), dtype=x.dtype, device=x.device)
+    _stream_kernel[(cdiv(outputs, tuning.column_block), min(num_experts, num_choices) + num_choices // row_block)](
+        x, weight, scales, y, lists.counts, lists.choices, lists.choices.shape[1],
+        num_experts, inputs, outputs, x.stride(0), has_scales=scales is not None,
+        silu=silu, choices=choices, row_block=row_block, column_block=tuning.column_block,
         k_block=tuning.k_block, even=inputs % tuning.k_block == 0 and outputs % tuning.column_block == 0,
-        num_stages=tuning.num_stages, num_warps=tuning.num_warps, **early_launch(x.device),
+        experts_block=triton.next_power_of_2(num_experts), num_stages=tuning.num_stages, num_warps=tuning.num_warps,
+        **early_launch(x.device),
     )  # fmt: skip
     return y
 
@@ -147,7 +164,7 @@ def stream_product(
 def matrix_product(
     x: torch.Tensor, weight: torch.Tensor, groups: Groups, tuning: Tuning, *, silu: bool
 ) -> torch.Tensor:
-    """`stream_product` for many rows: x [P, K] is sorted, and rows of both are a multiple of 16 bytes long."""
+    """`stream_product` for many rows: x [P, K] and the result are sorted, rows of both a multiple of 16 bytes long."""
     num_experts, rows, inputs = weight.shape
     outputs = rows // (2 if silu else 1)
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)

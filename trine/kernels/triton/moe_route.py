@@ -25,12 +25,13 @@ _PART = 256  # choices that a program places, where there are two
 
 @triton.jit
 def _choose(
-    logits, rows, present, weights_ptr, chosen_ptr,
-    top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
+    logits, rows, present, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
 ):  # fmt: skip
     """Write the `top_k` largest of softmax(logits [R, E]) and their columns to rows `rows` of [T, top_k].
 
-    Among equals the first wins: a row of NaNs, which count as zeros, chooses experts that exist.
+    Among equals the first wins: a row of NaNs, which count as zeros, chooses experts that exist. `listed`: each choice
+    goes to its expert's list too, at the end.
     """
     p = tl.exp(logits - tl.max(logits, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
@@ -50,13 +51,42 @@ def _choose(
     mask = present[:, None] & (places < top_k)[None, :]
     tl.store(weights_ptr + offsets, weights, mask=mask)
     tl.store(chosen_ptr + offsets, chosen, mask=mask)
+    if listed:
+        ranks = tl.atomic_add(counts_ptr + chosen, 1, mask=mask, sem="relaxed")
+        tl.store(lists_ptr + chosen.to(tl.int64) * capacity + ranks, offsets.to(tl.int32), mask=mask)
 
 
 @triton.jit
+def _is_last(arrivals_ptr):
+    """Whether all other programs of a group, one a column of the grid's first dimension, have been here before."""
+    tl.debug_barrier()
+    return tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+@triton.jit
+def _choose_whole(
+    rows, present, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
+    experts_block: tl.constexpr,
+):  # fmt: skip
+    """`_choose` for rows whose logits others have written."""
+    every = tl.arange(0, experts_block)
+    in_row = (every < num_experts)[None, :]
+    at = rows[:, None] * num_experts + every[None, :]
+    whole = tl.load(logits_ptr + at, mask=present[:, None] & in_row, other=0.0, cache_modifier=".cg")
+    whole = tl.where(in_row, whole, -float("inf"))
+    _choose(
+        whole, rows, present, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+        listed, top_k, normalize, choices,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["capacity"])
 def _route_few_kernel(
-    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, hidden, num_experts, x_stride,
-    top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr, expert_block: tl.constexpr,
-    experts_block: tl.constexpr, hidden_block: tl.constexpr, early: tl.constexpr,
+    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    hidden, num_experts, x_stride,
+    listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
+    expert_block: tl.constexpr, experts_block: tl.constexpr, hidden_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Program (i, t): logits of `expert_block` experts for row t; the row's last one to arrive chooses."""
     columns = tl.arange(0, hidden_block)
@@ -71,23 +101,22 @@ def _route_few_kernel(
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     logits = tl.sum(gate.to(tl.float32) * x[None, :], 1)
     tl.store(logits_ptr + row * num_experts + experts, logits, mask=present)
-    tl.debug_barrier()
-    if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        every = tl.arange(0, experts_block)
-        whole = tl.load(
-            logits_ptr + row * num_experts + every, mask=every < num_experts, other=-float("inf"), cache_modifier=".cg"
-        )
+    if _is_last(arrivals_ptr + row):
         rows = row + tl.arange(0, 1)
-        _choose(whole[None, :], rows, rows >= 0, weights_ptr, chosen_ptr, top_k, normalize, choices)
+        _choose_whole(
+            rows, rows >= 0, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+            listed, top_k, normalize, choices, experts_block,
+        )  # fmt: skip
         tl.store(arrivals_ptr + row, 0)  # ready for the next launch
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _route_some_kernel(
-    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, num_rows, hidden, num_experts, x_stride,
-    top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr, expert_block: tl.constexpr,
-    experts_block: tl.constexpr, chunks: tl.constexpr, chunk: tl.constexpr, rows_block: tl.constexpr,
-    early: tl.constexpr,
+    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    num_rows, hidden, num_experts, x_stride,
+    listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
+    expert_block: tl.constexpr, experts_block: tl.constexpr, chunks: tl.constexpr, chunk: tl.constexpr,
+    rows_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): logits of experts block i for rows block j; the block's last one to arrive chooses.
 
@@ -113,23 +142,20 @@ def _route_some_kernel(
         mask = (columns < hidden)[:, :, None] & served[None, None, :]
         gate = tl.load(gate_row_ptr + columns[:, :, None], mask=mask, other=0.0)
     logits = tl.sum(sums, 0)
-    mask = present[:, None] & (experts < num_experts)[None, :]
-    tl.store(logits_ptr + rows[:, None] * num_experts + experts[None, :], logits, mask=mask)
-    tl.debug_barrier()
-    if tl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        every = tl.arange(0, experts_block)
-        offsets = rows[:, None] * num_experts + every[None, :]
-        in_row = (every < num_experts)[None, :]
-        whole = tl.load(logits_ptr + offsets, mask=present[:, None] & in_row, other=0.0, cache_modifier=".cg")
-        whole = tl.where(in_row, whole, -float("inf"))
-        _choose(whole, rows, present, weights_ptr, chosen_ptr, top_k, normalize, choices)
+    own = rows[:, None] * num_experts + experts[None, :]
+    tl.store(logits_ptr + own, logits, mask=present[:, None] & served[None, :])
+    if _is_last(arrivals_ptr + block):
+        _choose_whole(
+            rows, present, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+            listed, top_k, normalize, choices, experts_block,
+        )  # fmt: skip
         tl.store(arrivals_ptr + block, 0)  # ready for the next launch
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _route_many_kernel(
-    x_ptr, gate_ptr, weights_ptr, chosen_ptr, num_rows, hidden, num_experts, x_stride,
-    top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
+    x_ptr, gate_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity, num_rows, hidden, num_experts, x_stride,
+    listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
     experts_block: tl.constexpr, hidden_block: tl.constexpr, rows_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Program i: the experts of rows block i."""
@@ -146,25 +172,47 @@ def _route_many_kernel(
         gate = tl.load(gate_ptr + experts[None, :] * hidden + (start + columns)[:, None], mask=mask, other=0.0)
         logits = tl.dot(x, gate, logits, input_precision="ieee")
     logits = tl.where((experts < num_experts)[None, :], logits, -float("inf"))
-    _choose(logits, rows, present, weights_ptr, chosen_ptr, top_k, normalize, choices)
+    _choose(
+        logits, rows, present, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+        listed, top_k, normalize, choices,
+    )  # fmt: skip
 
 
 @cache
-def _counters(device: torch.device, size: int) -> torch.Tensor:
-    """Zeros, which every launch that counts in them leaves zero: kernels of one device run in one stream at a time."""
+def _zeros(device: torch.device, size: int, purpose: str) -> torch.Tensor:
+    """Zeros, which those who count in them leave zero: kernels of one device run in one stream at a time."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """The choices of each expert: choices [E, T] int32 of numbers (choice i is of token i // K), in any order, of which
+    the first counts [E] int32 exist. Counts are zero but between the router and the sum of the experts' results.
+    """
+
+    counts: torch.Tensor
+    choices: torch.Tensor
+
+    @staticmethod
+    def empty(num_rows: int, num_experts: int, device: torch.device) -> Lists:
+        choices = torch.empty((num_experts, num_rows), dtype=torch.int32, device=device)
+        return Lists(_zeros(device, num_experts, "counts"), choices)
+
+
+def route(
+    x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool, lists: Lists | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [T, K] float32 and numbers [T, K] int32 of the experts that gate [E, H] chooses for each row of x [T, H].
 
-    Logits are float32 sums. Nothing may write to `gate` in the kernels just before: it is read while they run.
+    Logits are float32 sums. Nothing may write to `gate` in the kernels just before: it is read while they run. The
+    choices are put into `lists`, if any.
     """
     num_rows, hidden = x.shape
     num_experts = gate.shape[0]
     weights = torch.empty((num_rows, top_k), dtype=torch.float32, device=x.device)
     chosen = torch.empty((num_rows, top_k), dtype=torch.int32, device=x.device)
     sizes = {
+        "listed": lists is not None,
         "top_k": top_k,
         "normalize": normalize,
         "choices": triton.next_power_of_2(top_k),
@@ -172,26 +220,27 @@ def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool) -> t
     }
     if num_rows == 0:
         return weights, chosen
+    to_lists = (None, None, 0) if lists is None else (lists.counts, lists.choices, lists.choices.shape[1])
     logits = torch.empty((num_rows, num_experts), dtype=torch.float32, device=x.device)
-    arrivals = _counters(x.device, _FEW_ROWS)
+    arrivals = _zeros(x.device, _FEW_ROWS, "arrivals")
     widest = triton.next_power_of_2(hidden)
     early = early_launch(x.device)
     if num_rows <= _FEW_ROWS:
         expert_block = max(_TILE_BYTES // x.itemsize // widest, 1)
         _route_few_kernel[(cdiv(num_experts, expert_block), num_rows)](
-            x, gate, logits, arrivals, weights, chosen, hidden, num_experts, x.stride(0),
+            x, gate, logits, arrivals, weights, chosen, *to_lists, hidden, num_experts, x.stride(0),
             **sizes, expert_block=expert_block, hidden_block=widest, num_warps=1, **early,
         )  # fmt: skip
     elif num_rows <= _SOME_ROWS:
         _route_some_kernel[(cdiv(num_experts, 16), cdiv(num_rows, 16))](
-            x, gate, logits, arrivals, weights, chosen, num_rows, hidden, num_experts, x.stride(0),
+            x, gate, logits, arrivals, weights, chosen, *to_lists, num_rows, hidden, num_experts, x.stride(0),
             **sizes, expert_block=16, chunks=8, chunk=min(max(widest // 8, 16), 256 if x.itemsize == 2 else 32),
             rows_block=16, num_warps=8, num_stages=1, **early,
         )  # fmt: skip
     else:
         rows_block = 16 if num_rows <= 2048 else 64
         _route_many_kernel[(cdiv(num_rows, rows_block),)](
-            x, gate, weights, chosen, num_rows, hidden, num_experts, x.stride(0),
+            x, gate, weights, chosen, *to_lists, num_rows, hidden, num_experts, x.stride(0),
             **sizes, hidden_block=128 if x.itemsize == 2 else 32, rows_block=rows_block,
             num_warps=4, num_stages=3, **early,
         )  # fmt: skip
@@ -305,10 +354,10 @@ def group(chosen: torch.Tensor, num_experts: int, row_block: int) -> Groups:
     """Sort the choices of `chosen` [T, K] int32 by expert, on the device."""
     count = chosen.numel()
     most_tiles = min(num_experts, count) + count // row_block
-    sizes = (count, count, num_experts, most_tiles, most_tiles, 1)
-    order, places, ends, experts, starts, num_tiles = torch.empty(
-        sum(sizes), dtype=torch.int32, device=chosen.device
-    ).split(sizes)
+    order, places, ends, experts, starts, num_tiles = (
+        torch.empty(size, dtype=torch.int32, device=chosen.device)
+        for size in (count, count, num_experts, most_tiles, most_tiles, 1)
+    )
     experts_block = triton.next_power_of_2(num_experts)
     options = {"experts_block": experts_block, **early_launch(chosen.device)}
     if count <= _ONE_LAUNCH:
@@ -318,7 +367,7 @@ def group(chosen: torch.Tensor, num_experts: int, row_block: int) -> Groups:
         )  # fmt: skip
     else:
         parts = max(cdiv(count, _PART), num_experts)  # the last ones may be empty: each writes an expert's tiles too
-        counts = _counters(chosen.device, 2 * experts_block)
+        counts = _zeros(chosen.device, 2 * experts_block, "ranks")
         first_places = torch.empty((parts, experts_block), dtype=torch.int32, device=chosen.device)
         _rank_kernel[(cdiv(count, _PART),)](
             chosen, places, counts, count, part=_PART, num_warps=4, **early_launch(chosen.device)

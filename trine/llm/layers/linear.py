@@ -127,6 +127,10 @@ class Linear(WeightedModule):
         """[T, K] to [T, N]."""
         return self.method.apply(x, self.weight, self.bias)
 
+    def add(self, residual: torch.Tensor, x: Rows) -> torch.Tensor | None:
+        """The product of x [T, K]; or None after adding it to `residual` [T, N] in place, where that saves a pass."""
+        return self.method.apply_add(x, self.weight, self.bias, residual)
+
     def add_norm(self, residual: torch.Tensor, x: Rows, norm: RMSNorm, reader: Weight | None) -> Rows:
         """Add the product of x [T, K] to `residual` [T, N] in place; the norm of the sum, as `reader` takes it."""
         return self.method.apply_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps, reader)

@@ -7,10 +7,12 @@ from torch import nn
 
 from trine.core.errors import ModelLoadError
 from trine.kernels import fp8, ops
-from trine.kernels.types import Weight
+from trine.kernels.fp8 import Rows
+from trine.kernels.types import AddNorm, Mixture, Weight
 from trine.llm.config import ExpertsConfig
 from trine.llm.layers.linear import INPUT_SCALE, WEIGHT_SCALES, spread_scales
 from trine.llm.layers.module import Layer, WeightedModule, WeightKey, empty_parameter
+from trine.llm.layers.norm import RMSNorm
 from trine.llm.quantization.method import LinearMethod
 
 
@@ -127,10 +129,6 @@ class Experts(WeightedModule):
             for weights in (self.gate_up, self.down)
         )
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """x [T, H], each token's chosen experts [T, K] int32 and their weights [T, K] float32: [T, H]."""
-        return ops.experts(x, self.gate_up, self.down, weights, chosen)
-
 
 class Router(WeightedModule):
     """Chooses each token's experts by the softmax of a linear layer, which is never quantised."""
@@ -152,10 +150,6 @@ class Router(WeightedModule):
     def load_weight(self, key: WeightKey, tensor: torch.Tensor) -> None:
         getattr(self, key.name).copy_(tensor)
 
-    def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, H] to weights [T, K] float32 and experts [T, K] int32."""
-        return ops.route(x, self.weight, self.config.top_k, self.config.normalize)
-
 
 class MixtureOfExperts(Layer):
     """The MLP of a decoder layer, as a mixture."""
@@ -165,6 +159,13 @@ class MixtureOfExperts(Layer):
         self.gate = Router(hidden_size, config, dtype=dtype)
         self.experts = Experts(hidden_size, config, dtype=dtype, method=method)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H] to [T, H]."""
-        return self.experts(x, *self.gate.choose(x))
+    def add_norm(
+        self, residual: torch.Tensor, x: torch.Tensor | None, own: RMSNorm, norm: RMSNorm, reader: Weight | None
+    ) -> Rows:
+        """Add x [T, H], if there is one, to `residual` [T, H] in place, then the mixture of the sum's norm, `own`; the
+        norm of what the residual stream is then, as `reader` takes it.
+        """
+        config = self.gate.config
+        weights = Mixture(self.gate.weight, self.experts.gate_up, self.experts.down, config.top_k, config.normalize)
+        before, after = (AddNorm(residual, one.weight, one.eps) for one in (own, norm))
+        return ops.mixture(x, before, weights, after, reader)

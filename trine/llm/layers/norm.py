@@ -38,12 +38,6 @@ class RMSNorm(WeightedModule):
         """The norm in the form that the product with `reader` takes."""
         return ops.rms_norm_for(reader, x, self.weight, self.eps)
 
-    def add_for_product(self, x: torch.Tensor, residual: torch.Tensor, reader: Weight | None) -> Rows:
-        """`add` in the form that the product with `reader` takes; a tensor without a reader."""
-        if reader is None:
-            return self.add(x, residual)
-        return ops.add_rms_norm_for(reader, x, residual, self.weight, self.eps)
-
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add x to `residual` in place, return the norm of the sum."""
         return ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -18,6 +18,7 @@ from trine.llm.layers.attention import Attention
 from trine.llm.layers.embedding import Embedding, OutputProjection, TiedEmbedding
 from trine.llm.layers.linear import GateUpLinear, Linear, qkv_shards
 from trine.llm.layers.module import Layer
+from trine.llm.layers.moe import MixtureOfExperts
 from trine.llm.layers.norm import RMSNorm
 from trine.llm.layers.rotary import cos_sin_table
 from trine.llm.models.base import Build, CausalLM, CheckpointNames, require_activation
@@ -61,6 +62,10 @@ class SelfAttention(Attention):
             dtype=build.dtype,
             method=build.method,
         )
+
+    def add(self, residual: torch.Tensor, x: Rows, batch: Batch) -> torch.Tensor | None:
+        """What is to be added to the residual stream, or None where it has been."""
+        return self.o_proj.add(residual, self.attend(self.project(self.qkv_proj, x, batch), batch))
 
     def add_norm(self, residual: torch.Tensor, x: Rows, batch: Batch, norm: RMSNorm, reader: Weight | None) -> Rows:
         """Add to the residual stream; the norm of the sum, as `reader` takes it."""
@@ -107,8 +112,8 @@ class DecoderLayer(Layer):
         if isinstance(self.mlp, GatedMLP):
             x = self.self_attn.add_norm(residual, x, batch, own, self.mlp.gate_up_proj.weight)
             return self.mlp.add_norm(residual, x, norm, reader)
-        y = self.mlp(self.self_attn.add_norm(residual, x, batch, own, None))
-        return norm.add_for_product(y, residual, reader)
+        assert isinstance(self.mlp, MixtureOfExperts)
+        return self.mlp.add_norm(residual, self.self_attn.add(residual, x, batch), own, norm, reader)
 
     def as_operation(self) -> types.DecoderLayer | None:
         """The same for a back end that runs a whole stack of layers at once; None for what no such back end knows."""

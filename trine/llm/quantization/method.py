@@ -35,6 +35,12 @@ class LinearMethod:
         """[T, K] to [T, N], of x's dtype or `out_dtype`."""
         return ops.linear(x, weight, bias, out_dtype)
 
+    def apply_add(
+        self, x: Rows, weight: Weight, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor | None:
+        """`apply`; or None after adding it to `residual` [T, N] in place, where that saves a pass."""
+        return ops.linear_add(x, weight, bias, residual)
+
     def apply_add_norm(
         self,
         x: Rows,
