@@ -1,7 +1,8 @@
 """Compiles Gluon kernels for Hopper, on any machine, in one process of its own: the tests' runs Triton's interpreter.
 
 A request is a line of JSON that names the module and the kernel, its constants, and the types of its arguments;
-"bf16[64, 128]" is a tensor descriptor. The answer is a line with what was wrong, or an empty string.
+"bf16[64, 128]" is a tensor descriptor, "i32:16" a multiple of 16. The answer is a line with what was wrong, or an empty
+string.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ def compiler() -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def check_compiles(module: str, kernel: str, constants: dict[str, Any], types: dict[str, str]) -> None:
+def check_compiles(
+    module: str, kernel: str, constants: dict[str, Any], types: dict[str, str], num_warps: int = 4
+) -> None:
     """AssertionError when the kernel does not compile, or takes more shared memory than a multiprocessor has."""
     process = compiler()
     assert process.stdin is not None
     assert process.stdout is not None
-    print(json.dumps({"module": module, "kernel": kernel, "constants": constants, "types": types}), file=process.stdin)
+    request = {"module": module, "kernel": kernel, "constants": constants, "types": types, "num_warps": num_warps}
+    print(json.dumps(request), file=process.stdin)
     process.stdin.flush()
     answer = process.stdout.readline()
     assert answer, f"the compiler ended: {process.poll()}"
@@ -43,17 +47,20 @@ def compile_kernel(request: dict[str, Any]) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = getattr(import_module(request["module"]), request["kernel"])
-    signature = {}
+    signature, attributes = {}, {}
     for name in kernel.arg_names:
         kind = "constexpr" if name in request["constants"] else request["types"].get(name, "i32")
+        kind, _, divisor = kind.partition(":")
+        if divisor:
+            attributes[(kernel.arg_names.index(name),)] = [["tt.divisibility", int(divisor)]]
         if "[" in kind:
             bits = 8 if kind.startswith("fp8") else 16
             layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
             kind = f"tensordesc<{kind},{layout!r}>"
         signature[name] = kind
     constants = {(kernel.arg_names.index(name),): value for name, value in request["constants"].items()}
-    source = GluonASTSource(kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": request["num_warps"]})
     assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
     assert "wgmma" in compiled.asm["ptx"]
 

@@ -183,7 +183,8 @@ def _experts(
         h = matrix_product(gather_rows(x, groups, top_k), gate_up, groups, plan.gate_up, silu=True)
         return combine(matrix_product(h, down, groups, plan.down, silu=False), groups, shares, after)
     own, hopper = (lists, chosen.numel()), _hopper(x.device)
-    if hopper is not None and hopper.can_stream(x, gate_up) and hopper.can_stream(x, down):
+    few = hopper is not None and plan.row_block <= hopper.MAX_ROW_BLOCK
+    if hopper is not None and few and hopper.can_stream(x, gate_up) and hopper.can_stream(x, down):
         h = hopper.stream_product(x, gate_up, *own, top_k, plan.row_block, silu=True)
         y = hopper.stream_product(h, down, *own, 1, plan.row_block, silu=False)
     else:
@@ -212,7 +213,12 @@ def mixture(
     if num_rows == 0:
         return y
     if not single:
-        return _experts(y, weights, shares, chosen, lists, plan, after)
+        try:
+            return _experts(y, weights, shares, chosen, lists, plan, after)
+        except BaseException:  # no memory, say: the next step counts from zero nevertheless
+            if lists is not None:
+                lists.counts.zero_()
+            raise
     down, down_scales = _stacked(weights.down)
     y = single_row(y, gate_up, down, shares, chosen, gate_up_scales, down_scales)
     return y if after is None else add_rms_norm(y, after.residual, after.weight, after.eps)
