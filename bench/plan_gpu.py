@@ -127,10 +127,8 @@ def placed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def module(name: str, dtype: torch.dtype) -> torch.nn.Module:
-    model = make(name).cuda().to(dtype)
-    inner = getattr(model, "model", None)
-    if hasattr(inner, "set_attn_implementation"):
-        inner.set_attn_implementation("sdpa")
+    options = {"attention": "sdpa"} if name in ("bert_base", "vit_b16") else {}
+    model = make(name, **options).cuda().to(dtype)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -116,16 +116,16 @@ class Last(nn.Module):
         return state
 
 
-def bert(**shape: int) -> nn.Module:
+def bert(attention: str = "eager", **shape: int) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    return Last(BertModel(BertConfig(attn_implementation="eager", **shape), add_pooling_layer=False))
+    return Last(BertModel(BertConfig(attn_implementation=attention, **shape), add_pooling_layer=False))
 
 
-def vit(**shape: int) -> nn.Module:
+def vit(attention: str = "eager", **shape: int) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    return Last(ViTModel(ViTConfig(attn_implementation="eager", **shape), add_pooling_layer=False))
+    return Last(ViTModel(ViTConfig(attn_implementation=attention, **shape), add_pooling_layer=False))
 
 
 def image(batch: int) -> tuple[torch.Tensor, ...]:
@@ -140,7 +140,7 @@ def rows(batch: int) -> tuple[torch.Tensor, ...]:
     return (torch.randn(batch, 784),)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[torch.Tensor, ...]]]] = {
+MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], tuple[torch.Tensor, ...]]]] = {
     "resnet50": (resnet50, image),
     "mobilenet_v2": (mobilenet_v2, image),
     "bert_base": (bert, tokens),
@@ -151,10 +151,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[torch.Ten
 """Each model's maker, and its inputs for a batch size."""
 
 
-def make(name: str) -> nn.Module:
-    """The model in inference mode, its normalisations with statistics that are not the trivial ones."""
+def make(name: str, **options: str) -> nn.Module:
+    """The model in inference mode, its normalisations with statistics that are not the trivial ones.
+
+    Options are the maker's; weights do not depend on them.
+    """
     torch.manual_seed(0)
-    model = MODELS[name][0]().eval()
+    model = MODELS[name][0](**options).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)  # type: ignore[operator, union-attr]
