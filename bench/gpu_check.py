@@ -158,7 +158,7 @@ def check_thresholds(chooser: random.Random, rows: int) -> Iterator[Check]:
 
 def check_stream(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
     """The product of 2 to 32 rows; a launch leaves its counters ready for the next."""
-    from trine.kernels.triton.stream_linear import MAX_ROWS as MOST
+    from trine.kernels.triton.stream_linear import MAX_PLAIN_ROWS as MOST
     from trine.kernels.triton.stream_linear import stream_gated_linear, stream_linear
 
     rows, inputs = chooser.randint(1, MOST), 8 * chooser.choice([8, 112, 511, 512, 1792])

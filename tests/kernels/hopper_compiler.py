@@ -62,7 +62,8 @@ def compile_kernel(request: dict[str, Any]) -> None:
     source = GluonASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": request["num_warps"]})
     assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
-    assert "wgmma" in compiled.asm["ptx"]
+    by_copies = any("desc" in kind for kind in signature.values())
+    assert "wgmma" in compiled.asm["ptx"] or not by_copies
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ pytest.importorskip("triton.experimental.gluon")
 
 from tests.kernels.hopper_compiler import check_compiles
 from trine.kernels import fp8
-from trine.kernels.fp8 import Fp8Rows
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 POINTERS = {
@@ -22,16 +21,6 @@ POINTERS = {
 }
 
 
-@pytest.mark.parametrize(("rows", "k_block", "stages"), [(16, 1024, 2), (64, 512, 3)])
-def test_few_rows_compile(rows: int, k_block: int, stages: int) -> None:
-    check_compiles(
-        "trine.kernels.triton.fp8_stream",
-        "_fp8_stream_kernel",
-        {"n_block": 64, "k_block": k_block, "rows_block": rows, "stages": stages, "has_bias": True},
-        POINTERS | {"w_desc": f"fp8e4nv[64, {k_block}]", "x_desc": f"fp8e4nv[{rows}, {k_block}]"},
-    )
-
-
 def test_hundreds_of_rows_compile() -> None:
     check_compiles(
         "trine.kernels.triton.fp8_matrix",
@@ -39,28 +28,6 @@ def test_hundreds_of_rows_compile() -> None:
         {"rows": 128, "columns": 128, "k_block": 256, "stages": 3, "splits": 2, "has_bias": True},
         POINTERS | {"w_desc": "fp8e4nv[128, 256]", "x_desc": "fp8e4nv[128, 256]"},
     )
-
-
-def grouped(x: torch.Tensor, groups: int) -> Fp8Rows:
-    """x rounded with a scale for each of so many groups of columns."""
-    parts = [fp8.quantize_rows(part) for part in x.chunk(groups, 1)]
-    values, scales = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("values", "scales"))
-    return Fp8Rows(values, scales, x.dtype)
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "groups"), [(1, 4096, 6144, 4), (7, 912, 33, 1), (64, 2048, 1000, 2)]
-)
-def test_few_rows(rows: int, inputs: int, outputs: int, groups: int) -> None:
-    from trine.kernels.triton.fp8_stream import can_stream, fp8_stream
-
-    x = grouped(torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16), groups)
-    weight = fp8.pack_fp8(torch.randn(outputs, inputs, device="cuda"))
-    assert can_stream(x, weight)
-    expected = x.widened().double() @ weight.dequantize().double().T
-    for _ in range(2):  # a launch leaves its counters ready for the next
-        assert (fp8_stream(x, weight, None, torch.float32) - expected).norm() < 5e-3 * expected.norm()
 
 
 @pytest.mark.parametrize(("inputs", "shared"), [(256, False), (1024, True)])

@@ -37,6 +37,21 @@ def test_norms(rows: int, size: int, dtype: torch.dtype) -> None:
     assert_near(residual, expected_residual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding(dtype: torch.dtype) -> None:
+    weight = random(50, 900, dtype=torch.bfloat16)
+    ids = torch.tensor([3, 49, 0, 3], device=DEVICE)
+    torch.testing.assert_close(kernels.embedding(ids, weight, dtype), reference.embedding(ids, weight, dtype))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_norm_of_parts(count: int) -> None:
+    parts, residual, weight = random(count, 5, 896), random(5, 896, seed=1), random(896, seed=2)
+    total = parts.sum(0) + residual
+    assert_near(kernels.add_rms_norm(parts, residual, weight, 1e-6), reference.rms_norm(total, weight, 1e-6))
+    assert_near(residual, total)
+
+
 def test_norm_of_strided_rows() -> None:
     x = random(4, 200)[:, 30:130]
     weight = random(100, seed=1)

@@ -62,6 +62,14 @@ def test_norms(dtype: torch.dtype) -> None:
     torch.testing.assert_close(residual, other)
 
 
+def test_norm_of_parts() -> None:
+    parts, residual, weight = randn(2, 5, 384), randn(5, 384, seed=1), randn(384, seed=2)
+    total = parts.sum(0) + residual
+    actual = kernels.add_rms_norm_rows(parts, residual, weight, 1e-6)
+    assert_same_rows(actual, fp8.quantize_rows(reference.rms_norm(total, weight, 1e-6)))
+    torch.testing.assert_close(residual, total)
+
+
 @pytest.mark.parametrize(("size", "groups"), [(208, 1), (2048, 2)])
 def test_silu_mul(size: int, groups: int) -> None:
     """Few long rows have a scale for each thousand columns."""

@@ -156,6 +156,15 @@ def linear_add(x: Rows, weight: Weight, bias: torch.Tensor | None, residual: tor
     return linear(x, weight, bias)
 
 
+def _linear_parts(x: Rows, weight: Weight) -> torch.Tensor | None:
+    """`linear` as parts [P, T, N] that add up to it, which is the norm's to do, where the back end is faster so."""
+    reads_parts = isinstance(weight, torch.Tensor | Fp8Weight)
+    if not x.is_cuda or _reference_only or not reads_parts:
+        return None
+    y: torch.Tensor | None = _reader(type(weight), True).linear_parts(x, weight)
+    return y
+
+
 def linear_silu_mul(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`, in one pass where the back end can: [T, K] to [T, I], weight [2I, K]."""
     if isinstance(weight, torch.Tensor) and not (x.is_cuda and not _reference_only):
@@ -209,7 +218,9 @@ def linear_add_norm(
     """Add `linear(x, weight, bias)` to `residual` [T, N] in place; the RMS norm of the sum with weight `norm` [N], in
     the form that the product with `reader` takes fastest, or a tensor without a reader.
     """
-    y = linear_add(x, weight, bias, residual)
+    y = None if bias is not None else _linear_parts(x, weight)
+    if y is None:
+        y = linear_add(x, weight, bias, residual)
     if reader is None:
         return rms_norm(residual, norm, eps) if y is None else add_rms_norm(y, residual, norm, eps)
     return rms_norm_for(reader, residual, norm, eps) if y is None else add_rms_norm_for(reader, y, residual, norm, eps)
@@ -220,8 +231,6 @@ def embedding(token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> to
 
     Reads every weight that `linear` reads, so that tied embeddings need only one.
     """
-    if isinstance(weight, torch.Tensor):
-        return reference.embedding(token_ids, weight, dtype)
     y: torch.Tensor = _reader(type(weight), token_ids.is_cuda).embedding(token_ids, weight, dtype)
     return y
 
@@ -329,7 +338,7 @@ def linear_prepare_qkv(
     v_scale: float = 1.0,
 ) -> torch.Tensor:
     """`prepare_qkv` of `linear(x, weight, bias)`, in one pass where the back end can."""
-    plain = isinstance(weight, torch.Tensor | Fp8Weight) and isinstance(x, torch.Tensor) and k_cache.dtype == x.dtype
+    plain = isinstance(weight, torch.Tensor | Fp8Weight) and k_cache.dtype == x.dtype
     if plain and x.is_cuda and not _reference_only and cos_sin is not None and q_norm is None and k_norm is None:
         q: torch.Tensor | None = _reader(type(weight), True).linear_prepare_qkv(
             x, weight, bias, num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots
@@ -362,6 +371,25 @@ def paged_attention(
         )
         return y
     return _of(q).paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
+
+
+def paged_attention_for(
+    reader: Weight,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    sliding_window: int | None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Rows:
+    """`paged_attention` in the form that the product with `reader` takes fastest."""
+    if k_cache.dtype == q.dtype and _rounds_for(reader, q):
+        rows: Rows | None = _gpu_fp8().attention_rows(q, k_cache, v_cache, batch, scale, sliding_window)
+        if rows is not None:
+            return rows
+    return paged_attention(q, k_cache, v_cache, batch, scale, sliding_window, k_scale, v_scale)
 
 
 def _cached_as_fp8(x: torch.Tensor) -> ModuleType:

@@ -8,6 +8,9 @@ from typing import Literal, Protocol
 
 import torch
 
+SHORT_CONTEXT = 4096
+"""Tokens up to which attention of one sequence is a chain of latencies, and has a kernel of its own."""
+
 
 class PagedBatch(Protocol):
     """The part of `trine.llm.batch.Batch` that attention reads; see there for the meaning of each tensor."""

@@ -20,6 +20,7 @@ class Batch:
     seq_lens      [S] int32: length of each sequence including its new tokens
     block_table   [S, max_blocks] int32: cache blocks of each sequence, in order; entries past its length are arbitrary
                   but valid block numbers
+    max_seq_len   no sequence is longer
     output_rows   [R] int64, ascending: the tokens whose hidden states are wanted, if not all are. A model may return
                   those R rows alone, or all T
     settled       whether all cache blocks but those of the tokens themselves were written by earlier forward passes, so

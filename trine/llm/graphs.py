@@ -3,7 +3,8 @@
 A graph makes the step's inputs from what the rows of running sequences hold on the device, runs the model and, where
 every row is greedy, chooses the tokens; what changes from step to step comes in as one small copy. It has a fixed
 number of rows; a step is padded up to the next size with sequences of one token in cache block 0, which the engine
-keeps free for that. Lengths and block tables are read on the device, so one graph serves any lengths. A size is
+keeps free for that. Lengths and block tables are read on the device, so one graph serves any lengths, but for a single
+sequence, whose attention has a kernel for short contexts. A size is
 captured when it comes up again; until then steps are launched one kernel at a time, and the server is ready before any
 graph is.
 """
@@ -18,6 +19,7 @@ import torch
 
 from trine.kernels.triton.sampling import choose_greedy
 from trine.kernels.triton.staging import FIELDS, HEADER, stage_decode
+from trine.kernels.types import SHORT_CONTEXT
 from trine.llm.batch import Batch
 from trine.llm.models.base import CausalLM
 from trine.llm.sampling.upload import PinnedRing
@@ -51,8 +53,8 @@ class DecodeGraphs:
         self._last_token = last_token
         self._table = table
         self._block_size = block_size
-        self._uses: Counter[tuple[int, bool]] = Counter()
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._uses: Counter[tuple[int, bool, bool]] = Counter()  # by size, greedy, short
+        self._graphs: dict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         device, rows = table.device, self.sizes[-1]
         self._step = torch.zeros(HEADER + FIELDS * rows, dtype=torch.int32, device=device)
@@ -80,18 +82,18 @@ class DecodeGraphs:
         host[HEADER : HEADER + entries.size] = entries.reshape(-1)
         self._on_host.copy_to(self._step, HEADER + entries.size)
         size = next(size for size in self.sizes if size >= num_rows)
-        key = (size, greedy)
+        key = (size, greedy, size == 1 and width * self._block_size <= SHORT_CONTEXT)
         if key in self._graphs:
             graph, result = self._graphs[key]
             graph.replay()
             return result[:num_rows]
         self._uses[key] += 1
-        result = self._compute(size, greedy)
+        result = self._compute(*key)
         if self._uses[key] >= CAPTURE_AT:
-            self._graphs[key] = self._capture(size, greedy)
+            self._graphs[key] = self._capture(*key)
         return result[:num_rows]
 
-    def _compute(self, size: int, greedy: bool) -> torch.Tensor:
+    def _compute(self, size: int, greedy: bool, short: bool) -> torch.Tensor:
         token_ids, rows = self._token_ids[:size], self._rows[:size]
         batch = Batch(
             positions=self._positions[:size],
@@ -101,17 +103,17 @@ class DecodeGraphs:
             block_table=self._block_table[:size],
             num_decodes=size,
             max_query_len=1,
-            max_seq_len=1,
+            max_seq_len=SHORT_CONTEXT if short else self._table.shape[1] * self._block_size,
             settled=True,
         )
         stage_decode(self._step, self._last_token, self._table, self._block_size, token_ids, rows, batch)
         hidden = self.model(token_ids, batch)
         return choose_greedy(self.model.compute_logits(hidden), rows, self._last_token) if greedy else hidden
 
-    def _capture(self, size: int, greedy: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, size: int, greedy: bool, short: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Record a step; nothing runs. It has run before, so that what it makes at first use is made."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._compute(size, greedy)
+            result = self._compute(size, greedy, short)
         return graph, result

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trine.kernels import fp8
+from trine.kernels.fp8 import Fp8Rows
 from trine.kernels.triton.device import early_launch, num_multiprocessors, wait_for_inputs
 from trine.kernels.types import PagedBatch
 
@@ -174,12 +176,14 @@ def _decode_kernel(
 
 
 @cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The kernel for few sequences on Hopper GPUs, on one with a Triton that has Gluon."""
+def _hopper(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
+    """The kernels for few sequences on Hopper GPUs, on one with a Triton that has Gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        return import_module("trine.kernels.triton.hopper_decode")
+        return import_module("trine.kernels.triton.register_decode"), import_module(
+            "trine.kernels.triton.hopper_decode"
+        )
     except ImportError:
         return None
 
@@ -208,8 +212,11 @@ def decode_attention(
     few sequences runs where it can.
     """
     hopper = _hopper(q.device) if tuning is None else None
-    if hopper is not None and hopper.supports(q, k_cache, batch.num_decodes):
-        hopper.hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+    if hopper is not None and hopper[0].supports(q, k_cache, batch):
+        hopper[0].register_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+        return
+    if hopper is not None and hopper[1].supports(q, k_cache, batch.num_decodes):
+        hopper[1].hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
         return
     tuning = tuning or DecodeTuning()
     _, num_heads, head_dim = q.shape
@@ -259,3 +266,23 @@ def decode_attention(
         num_stages=tuning.num_stages,
         **early_launch(q.device),
     )
+
+
+def decode_attention_rows(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    sliding_window: int | None,
+) -> Fp8Rows | None:
+    """Attention of q [T, Hq, D] rounded to float8, a scale for the heads of each key-value head, where every sequence
+    has one new token and a kernel does that; else None.
+    """
+    hopper = _hopper(q.device)
+    if hopper is None or batch.num_decodes < q.shape[0] or not hopper[1].supports(q, k_cache, batch.num_decodes):
+        return None
+    values = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=fp8.DTYPE, device=q.device)
+    scales = torch.empty((q.shape[0], k_cache.shape[1]), dtype=torch.float32, device=q.device)
+    hopper[1].hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, values, scales)
+    return Fp8Rows(values, scales, q.dtype)

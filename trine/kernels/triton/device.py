@@ -25,7 +25,7 @@ def wait_for_inputs(early: tl.constexpr):
 
     Every kernel launched with `early_launch` calls it before it reads what others write, or writes anything: by
     induction, then, all earlier kernels are done. Weights may be read before it, and so may what a step's inputs hold
-    (lengths, positions, block tables): a model's first kernel, PyTorch's embedding, starts when they are complete.
+    (lengths, positions, block tables): a model's first kernel, `embedding`, starts when they are complete.
     """
     if early:
         gdc_launch_dependents()

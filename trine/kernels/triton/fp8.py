@@ -3,7 +3,7 @@
 Rounding is bound by memory: a row is read once and written once, at half the size, with its scale. Where it is fused
 with a norm or an activation the plain result is never written at all. Products of many rows are the library's, save
 those with few outputs, `fp8_matrix`'s on Hopper; those of 2 to 64 rows, where the library reaches a third of the
-memory's speed, are `fp8_stream`'s on Hopper and `fp8_linear`'s elsewhere. One row is `small_linear`'s, which takes
+memory's speed, are `stream_linear`'s on Hopper and `fp8_linear`'s elsewhere. One row is `small_linear`'s, which takes
 activations as they are: rounding them would gain nothing there.
 """
 
@@ -22,11 +22,15 @@ import triton.language as tl
 from trine.kernels import fp8
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
 from trine.kernels.triton.activation import silu_mul
+from trine.kernels.triton.decode_attention import decode_attention_rows
 from trine.kernels.triton.device import early_launch, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
 from trine.kernels.triton.gated_linear import fused
+from trine.kernels.triton.norm import as_parts, sum_of_parts
 from trine.kernels.triton.small_linear import small_gated_linear, small_linear, small_qkv_linear
+from trine.kernels.types import PagedBatch
 
+_ATTENTION_GROUP = 512  # that a group's columns must be a multiple of, for our own products to read them
 _GROUP = 1024  # columns that share a scale, where a row has several
 
 
@@ -47,36 +51,43 @@ def _store_rounded(y, columns, inside, values_row_ptr, scale_ptr):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, values_ptr, scales_ptr, x_stride, size, block: tl.constexpr, early: tl.constexpr
+    x_ptr, values_ptr, scales_ptr, x_stride, size, group, block: tl.constexpr, early: tl.constexpr
 ):  # fmt: skip
+    """Program (t, g): group g of row t's columns, `group` of them."""
     wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
-    inside = columns < size
+    inside = columns < group
+    columns += tl.program_id(1) * group
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    _store_rounded(x, columns, inside, values_ptr + row * size, scales_ptr + row)
+    scale_ptr = scales_ptr + row * tl.num_programs(1) + tl.program_id(1)
+    _store_rounded(x, columns, inside, values_ptr + row * size, scale_ptr)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, residual_stride, size, eps,
-    add: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, part_stride, residual_stride, size, eps,
+    add: tl.constexpr, parts: tl.constexpr, settled: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """The norm of x, or with `add` of residual + x, which becomes the residual; rounded as x is, then to float8."""
-    wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < size
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    residual_row = residual_ptr + row * residual_stride + columns
+    if settled:
+        residual = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(early)
+    x = sum_of_parts(x_ptr + row * x_stride, part_stride, columns, inside, parts)
     if add:
-        residual_row = residual_ptr + row * residual_stride + columns
-        x += tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+        if not settled:
+            residual = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+        x += residual
         total = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row, total, mask=inside)
         x = total.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + eps)
-    y = (x * scale * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = (x * scale * weight).to(residual_ptr.dtype.element_ty).to(tl.float32)
     _store_rounded(y, columns, inside, values_ptr + row * size, scales_ptr + row)
 
 
@@ -116,28 +127,31 @@ def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def quantize_rows(x: torch.Tensor) -> Fp8Rows:
-    """Round x [T, K]."""
+def quantize_rows(x: torch.Tensor, groups: int = 1) -> Fp8Rows:
+    """Round x [T, K], each of `groups` equal groups of a row's columns by a scale of its own."""
     x = _contiguous_rows(x)
-    rows = _empty_rows(x, x.shape[1])
-    block = triton.next_power_of_2(x.shape[1])
-    if x.shape[0]:
-        _quantize_kernel[(x.shape[0],)](
-            x, rows.values, rows.scales, x.stride(0), x.shape[1],
+    num_rows, size = x.shape
+    rows = _empty_rows(x, size, groups)
+    block = triton.next_power_of_2(size // groups)
+    if num_rows:
+        _quantize_kernel[(num_rows, groups)](
+            x, rows.values, rows.scales, x.stride(0), size, size // groups,
             block=block, num_warps=_warps(block), **early_launch(x.device),
         )  # fmt: skip
     return rows
 
 
 def _launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
-    x = _contiguous_rows(x)
-    target = x if residual is None else residual
-    rows = _empty_rows(x, x.shape[1])
-    block = triton.next_power_of_2(x.shape[1])
-    if x.shape[0]:
-        _rms_norm_kernel[(x.shape[0],)](
-            x, target, weight, rows.values, rows.scales, x.stride(0), target.stride(0), x.shape[1], eps,
-            add=residual is not None, block=block, num_warps=_warps(block), **early_launch(x.device),
+    first, parts = as_parts(x, residual)
+    target = first if residual is None else residual
+    rows = _empty_rows(target, target.shape[1])
+    block = triton.next_power_of_2(target.shape[1])
+    if target.shape[0]:
+        _rms_norm_kernel[(target.shape[0],)](
+            first, target, weight, rows.values, rows.scales, first.stride(0), x.stride(0), target.stride(0),
+            target.shape[1], eps,
+            add=residual is not None, parts=parts, settled=x.dim() == 3 and residual is not None,
+            block=block, num_warps=_warps(block), **early_launch(x.device),
         )  # fmt: skip
     return rows
 
@@ -148,8 +162,8 @@ def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Fp8Rows:
 
 
 def add_rms_norm_rows(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Fp8Rows:
-    """Add x [T, H] to `residual` [T, H] in place; the sum's RMS norm, rounded. One pass over both."""
-    if residual.shape != x.shape or residual.stride(-1) != 1:
+    """Add x [T, H], or parts [P, T, H] that add up to it, to `residual` [T, H] in place; the sum's norm, rounded."""
+    if residual.shape != x.shape[-2:] or residual.stride(-1) != 1:
         raise ValueError(f"residual {tuple(residual.shape)} must be like x {tuple(x.shape)}, rows contiguous")
     return _launch_rms_norm(x, residual, weight, eps)
 
@@ -169,13 +183,30 @@ def silu_mul_rows(gate_up: torch.Tensor) -> Fp8Rows:
     return rows
 
 
+def attention_rows(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    sliding_window: int | None,
+) -> Fp8Rows | None:
+    """`paged_attention` of q [T, Hq, D], rounded by a scale for the heads of each key-value head, for few rows that a
+    product of our own reads; None where it takes two kernels.
+    """
+    size = q.shape[1] * q.shape[2] // k_cache.shape[1]
+    if q.shape[0] > MAX_ROWS or size % _ATTENTION_GROUP:
+        return None
+    return decode_attention_rows(q, k_cache, v_cache, batch, scale, sliding_window)
+
+
 @cache
 def _hopper(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
     """The kernels for up to 64 rows and for more, on a Hopper GPU with a Triton that has Gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        return import_module("trine.kernels.triton.fp8_stream"), import_module("trine.kernels.triton.fp8_matrix")
+        return import_module("trine.kernels.triton.stream_linear"), import_module("trine.kernels.triton.fp8_matrix")
     except ImportError:
         return None
 
@@ -189,9 +220,10 @@ def linear(
         return small_linear(x, weight.values, bias, weight.scales, out_dtype)
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
     hopper = _hopper(rows.device)
+    stream = _streams(rows, weight)
+    if stream is not None:
+        return cast(torch.Tensor, stream.stream_linear(rows, weight, bias, out_dtype))
     if 0 < rows.shape[0] <= MAX_ROWS and inputs % 16 == 0:
-        if hopper is not None and hopper[0].can_stream(rows, weight):
-            return cast(torch.Tensor, hopper[0].fp8_stream(rows, weight, bias, out_dtype))
         return fp8_linear(rows, weight, bias, out_dtype)
     if hopper is not None and out_dtype in (None, torch.bfloat16) and hopper[1].supports(rows, weight):
         return cast(torch.Tensor, hopper[1].fp8_matrix(rows, weight, bias))
@@ -210,6 +242,17 @@ def linear(
     return y.to(out_dtype or x.dtype)
 
 
+def linear_parts(x: Rows, weight: Fp8Weight) -> torch.Tensor | None:
+    """`linear` as parts [P, T, N] float32 that add up to it, where that is faster."""
+    if not (rounds(x.shape[0]) and x.shape[0] <= MAX_ROWS):
+        return None
+    rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
+    stream = _streams(rows, weight)
+    if stream is None or not stream.parts_of(x.shape[0], weight):
+        return None
+    return cast(torch.Tensor, stream.stream_parts(rows, weight))
+
+
 def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
     if isinstance(x, torch.Tensor) and x.shape[0] == 1 and bias is None:
@@ -219,12 +262,22 @@ def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None
 
 def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> Fp8Rows:
     """`linear_silu_mul`, rounded."""
+    outputs = weight.shape[0] // 2
+    stream = _streams(x, weight)
+    if bias is None and stream is not None and stream.can_stream_pairs(weight, outputs):
+        return quantize_rows(stream.stream_gated_linear(x, weight), _groups(x.shape[0], outputs))
     y = fused(x, weight, bias) if isinstance(x, Fp8Rows) else None
     return silu_mul_rows(linear(x, weight, bias)) if y is None else quantize_rows(y)
 
 
+def _streams(x: Rows, weight: Fp8Weight) -> ModuleType | None:
+    """The module whose product is the fastest for few rows, None where it is not or can't be."""
+    hopper = _hopper(x.device) if isinstance(x, Fp8Rows) else None
+    return hopper[0] if hopper is not None and hopper[0].can_stream(x, weight) else None
+
+
 def linear_prepare_qkv(
-    x: torch.Tensor,
+    x: Rows,
     weight: Fp8Weight,
     bias: torch.Tensor | None,
     num_heads: int,
@@ -236,10 +289,13 @@ def linear_prepare_qkv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor | None:
-    """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, of one row; None where that is two kernels."""
-    if x.shape[0] != 1 or cos_sin.shape[1] != head_dim:
+    """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, for few rows; None where it takes two kernels."""
+    if cos_sin.shape[1] != head_dim:
         return None
-    return small_qkv_linear(
-        x, weight.values, bias, num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots,
-        weight.scales,
-    )  # fmt: skip
+    own = (num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots)
+    if isinstance(x, torch.Tensor):
+        return small_qkv_linear(x, weight.values, bias, *own, weight.scales) if x.shape[0] == 1 else None
+    stream = _streams(x, weight)
+    if stream is None or not stream.can_stream_pairs(weight, head_dim // 2):
+        return None
+    return cast(torch.Tensor, stream.stream_qkv_linear(x, weight, bias, *own))

@@ -47,11 +47,11 @@ def fused(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) 
 
 def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
-    if bias is None and x.shape[0] == 1 and is_ours(x, weight):
-        return small_gated_linear(x, weight)
     stream = streams(x, weight) if bias is None else None
     if stream is not None and stream.can_stream_pairs(weight, weight.shape[0] // 2):
         streamed: torch.Tensor = stream.stream_gated_linear(x, weight)
         return streamed
+    if bias is None and x.shape[0] == 1 and is_ours(x, weight):
+        return small_gated_linear(x, weight)
     y = fused(x, weight, bias)
     return silu_mul(linear(x, weight, bias)) if y is None else y

@@ -100,10 +100,23 @@ def _merge(
     return sums, acc
 
 
+@gluon.jit
+def _store(out_row_ptr, scales_ptr, unit, acc, total, acc_row, present, kind: gl.constexpr):
+    """Write a unit's heads, acc over total; to float8 with a scale for all of them, of what they are as `kind`."""
+    y = (acc / gl.where(present, total, 1.0)[None, :]).to(kind)
+    if out_row_ptr.dtype.element_ty != kind:
+        y = gl.where(present[None, :], y.to(gl.float32), 0.0)
+        largest = gl.max(gl.max(gl.abs(y), 0), 0)
+        scale = gl.where(largest == 0.0, 1.0, largest / 448.0)
+        gl.store(scales_ptr + unit, scale)
+        y = gl.minimum(gl.maximum(y / scale, -448.0), 448.0)
+    gl.store(out_row_ptr + acc_row, y.to(out_row_ptr.dtype.element_ty), mask=present[None, :])
+
+
 @gluon.jit(do_not_specialize=["window", "table_stride"])
 def _hopper_decode_kernel(
-    q_ptr, k_desc, v_desc, block_table_ptr, seq_lens_ptr, out_ptr, m_ptr, sums_ptr, acc_ptr, arrivals_ptr,
-    num_kv_heads, window, scale, table_stride,
+    q_ptr, k_desc, v_desc, block_table_ptr, seq_lens_ptr, out_ptr, out_scales_ptr, m_ptr, sums_ptr, acc_ptr,
+    arrivals_ptr, num_kv_heads, window, scale, table_stride,
     settled: gl.constexpr, has_window: gl.constexpr, block_size: gl.constexpr, group: gl.constexpr,
     head_dim: gl.constexpr, group_block: gl.constexpr, kv_block: gl.constexpr, stages: gl.constexpr,
     max_runs: gl.constexpr,
@@ -220,7 +233,7 @@ def _hopper_decode_kernel(
     out_row_ptr = out_ptr + unit * group * head_dim
     if parts == 1:
         if count > 0:
-            gl.store(out_row_ptr + acc_row, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=present[None, :])
+            _store(out_row_ptr, out_scales_ptr, unit, acc, total, acc_row, present, q_ptr.dtype.element_ty)
     elif count > 0:
         base = unit * max_runs * group
         m_ptr += base
@@ -236,8 +249,7 @@ def _hopper_decode_kernel(
                 m_ptr, sums_ptr, acc_ptr, parts, present, heads, acc_row, cols_layout, layout,
                 group, head_dim, group_block, max_runs,
             )  # fmt: skip
-            total = gl.where(present, total, 1.0)
-            gl.store(out_row_ptr + acc_row, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=present[None, :])
+            _store(out_row_ptr, out_scales_ptr, unit, acc, total, acc_row, present, q_ptr.dtype.element_ty)
             gl.store(arrivals_ptr + unit, 0)  # ready for the next launch
 
 
@@ -273,8 +285,11 @@ def hopper_decode_attention(
     scale: float,
     sliding_window: int | None,
     out: torch.Tensor,
+    out_scales: torch.Tensor | None = None,
 ) -> None:
-    """Attention of the first `batch.num_decodes` rows of q [T, Hq, D] into those of out [T, Hq * D]."""
+    """Attention of the first `batch.num_decodes` rows of q [T, Hq, D] into those of out [T, Hq * D]; a float8 out has
+    a scale in `out_scales` [T, Hkv] float32 for each group of heads.
+    """
     _, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
@@ -291,6 +306,7 @@ def hopper_decode_attention(
         batch.block_table,
         batch.seq_lens,
         out,
+        out_scales,
         stats[0],
         stats[1],
         acc,

@@ -10,20 +10,36 @@ from trine.kernels.triton.device import early_launch, wait_for_inputs
 
 
 @triton.jit
+def sum_of_parts(row_ptr, part_stride, columns, inside, parts: tl.constexpr):
+    """Columns of a row that is the sum of `parts` rows, as float32."""
+    x = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, parts):
+        x += tl.load(row_ptr + part * part_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, x_stride, residual_stride, size, eps,
-    add: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, x_stride, part_stride, residual_stride, size, eps,
+    add: tl.constexpr, parts: tl.constexpr, settled: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x), or with `add`: residual += x, then y = norm(residual). The sum is rounded before it is normed."""
+    """y = norm(x), or with `add`: residual += x, then y = norm(residual). The sum is rounded before it is normed.
+
+    A `settled` residual is complete before the kernel in front is, and read while that runs.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < size
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    residual_row = residual_ptr + row * residual_stride + columns
+    if settled:
+        residual = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(early)
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    x = sum_of_parts(x_ptr + row * x_stride, part_stride, columns, inside, parts)
     if add:
-        residual_row = residual_ptr + row * residual_stride + columns
-        x += tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+        if not settled:
+            residual = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+        x += residual
         total = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row, total, mask=inside)
         x = total.to(tl.float32)
@@ -54,16 +70,26 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def as_parts(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    """The first of the parts of x [P, T, H] that are to be added to `residual` [T, H], and their number; without
+    parts x as rows, and 1. Parts come from `stream_parts`, which lets the kernel behind start when all before it are
+    done: then the residual is settled.
+    """
+    if residual is None or x.dim() < 3:
+        return _rows(x), 1
+    return x[0], x.shape[0]
+
+
 def _warps(block: int) -> int:
     """Warps for one row: about 16 elements a thread, so that a thread has several 16-byte loads in flight."""
     return min(max(block // (32 * 16), 1), 16)
 
 
 def _launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    rows = _rows(x)
+    rows, parts = as_parts(x, residual)
     num_rows, size = rows.shape
-    y = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
     target = rows if residual is None else residual
+    y = torch.empty((num_rows, size), dtype=target.dtype, device=x.device)
     block = triton.next_power_of_2(size)
     if num_rows:
         _rms_norm_kernel[(num_rows,)](
@@ -72,15 +98,18 @@ def _launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: tor
             weight,
             y,
             rows.stride(0),
+            x.stride(0),
             target.stride(0),
             size,
             eps,
             add=residual is not None,
+            parts=parts,
+            settled=x.dim() == 3 and residual is not None,
             block=block,
             num_warps=_warps(block),
             **early_launch(x.device),
         )
-    return y.view(x.shape)
+    return y.view(x.shape if residual is None else residual.shape)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -89,8 +118,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add x [T, H] to `residual` [T, H] in place; returns the sum's RMS norm, one pass over both."""
-    if residual.shape != x.shape or residual.stride(-1) != 1:
+    """Add x [T, H], or parts [P, T, H] that add up to it, to `residual` [T, H] in place; returns the sum's RMS norm."""
+    if residual.shape != x.shape[-2:] or residual.stride(-1) != 1:
         raise ValueError(f"residual {tuple(residual.shape)} must be like x {tuple(x.shape)}, rows contiguous")
     return _launch_rms_norm(x, residual, weight, eps)
 

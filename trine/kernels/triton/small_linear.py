@@ -22,8 +22,9 @@ from trine.kernels.triton.device import early_launch, wait_for_inputs
 MAX_ROWS = 4
 STREAMED_ROWS = 32
 STREAMED_BYTES = 16 << 20  # smaller weights are latency, not bandwidth
-SMALL_BYTES = 24 << 20
-_TILE_BYTES = 32768  # of weights that a program has in flight
+LARGE_BYTES = 512 << 20  # an output projection's: there is no end to wait for
+_TILE_BYTES = 16384  # of weights that a program has in flight
+_WIDEST = 4096  # columns of a tile
 
 
 @triton.jit
@@ -170,12 +171,16 @@ def _small_qkv_kernel(
 
 
 def _blocks(weight: torch.Tensor) -> dict[str, int]:
-    """Weight rows and columns of a program's tile. Of a small matrix too there are a few for each multiprocessor."""
-    k_block = triton.next_power_of_2(weight.shape[1])
+    """Weight rows and columns of a program's tile: small ones, of which a multiprocessor has a dozen in flight, each at
+    another point of its work.
+    """
+    inputs = weight.shape[1]
     if weight.itemsize == 1:  # widening takes registers
-        return {"row_block": 4, "k_block": min(k_block, 2048)}
-    k_block = min(k_block, 4096)
-    tile_bytes = _TILE_BYTES if weight.nbytes > SMALL_BYTES else _TILE_BYTES // 2
+        return {"row_block": 4, "k_block": min(triton.next_power_of_2(inputs), 2048)}
+    if inputs > 2 * _WIDEST:
+        return {"row_block": 4, "k_block": 1024}
+    k_block = min(triton.next_power_of_2(inputs), _WIDEST)
+    tile_bytes = 2 * _TILE_BYTES if weight.nbytes > LARGE_BYTES else _TILE_BYTES
     return {"row_block": max(min(tile_bytes // weight.itemsize // k_block, 8), 2), "k_block": k_block}
 
 
@@ -311,7 +316,7 @@ def is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def streams(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
     """The module whose product is the fastest for few rows of x, None where it is not or can't be."""
-    if not (is_ours(x, weight) and x.shape[0] <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES):
+    if not (is_ours(x, weight) and 1 < x.shape[0] <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES):
         return None
     stream = _stream(weight.device)
     return stream if stream is not None and stream.can_stream(x, weight) else None
@@ -334,11 +339,9 @@ def linear_prepare_qkv(
     if cos_sin.shape[1] != head_dim or not is_ours(x, weight):
         return None
     own = (num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots)
-    if x.shape[0] == 1:
-        return small_qkv_linear(x, weight, bias, *own)
     stream = streams(x, weight)
     if stream is None or not stream.can_stream_pairs(weight, head_dim // 2):
-        return None
+        return small_qkv_linear(x, weight, bias, *own) if x.shape[0] == 1 else None
     q: torch.Tensor = stream.stream_qkv_linear(x, weight, bias, *own)
     return q
 
@@ -353,7 +356,7 @@ def linear(
 
     Few rows of a 16-bit type are ours: the library reaches less of the memory's speed there. All else is the library's.
     """
-    stream = streams(x, weight) if x.shape[0] > 1 else None
+    stream = streams(x, weight)
     if stream is not None:
         streamed: torch.Tensor = stream.stream_linear(x, weight, bias, out_dtype)
         return streamed
@@ -363,3 +366,12 @@ def linear(
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = F.linear(x, weight, bias)
     return y if out_dtype is None else y.to(out_dtype)
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """`linear` as parts [P, T, N] float32 that add up to it, where that is faster."""
+    stream = streams(x, weight)
+    if stream is None or not stream.parts_of(x.shape[0], weight):
+        return None
+    parts: torch.Tensor = stream.stream_parts(x, weight)
+    return parts

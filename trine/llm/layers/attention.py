@@ -8,6 +8,7 @@ import torch
 
 from trine.kernels import ops
 from trine.kernels.fp8 import Rows
+from trine.kernels.types import Weight
 from trine.llm.batch import Batch, CacheSpec
 from trine.llm.layers.linear import Linear
 from trine.llm.layers.module import WeightedModule, WeightKey
@@ -79,6 +80,13 @@ class Attention(WeightedModule):
         """[T, Hq, D] to [T, Hq D]."""
         window = self.cache_spec.sliding_window
         return ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, window, self.k_scale, self.v_scale)
+
+    def attend_for(self, reader: Weight, q: torch.Tensor, batch: Batch) -> Rows:
+        """`attend`, in the form that the product with `reader` takes fastest."""
+        window = self.cache_spec.sliding_window
+        return ops.paged_attention_for(
+            reader, q, self.k_cache, self.v_cache, batch, self.scale, window, self.k_scale, self.v_scale
+        )
 
     def _preparation(self, batch: Batch) -> tuple[Any, ...]:
         """What `ops.prepare_qkv` takes after the projection."""

@@ -69,7 +69,8 @@ class SelfAttention(Attention):
 
     def add_norm(self, residual: torch.Tensor, x: Rows, batch: Batch, norm: RMSNorm, reader: Weight | None) -> Rows:
         """Add to the residual stream; the norm of the sum, as `reader` takes it."""
-        return self.o_proj.add_norm(residual, self.attend(self.project(self.qkv_proj, x, batch), batch), norm, reader)
+        y = self.attend_for(self.o_proj.weight, self.project(self.qkv_proj, x, batch), batch)
+        return self.o_proj.add_norm(residual, y, norm, reader)
 
 
 class GatedMLP(Layer):
