@@ -330,7 +330,7 @@ def build(
             budget=budget,
             inductor=inductor,
         )
-    graph, report = lower_precision(
+    graph, report, packed = lower_precision(
         graph,
         precision,
         calibration=calibration,
@@ -343,7 +343,7 @@ def build(
         {**(shapes or {}), **{name: bounds.opt for name, bounds in profile.items()}} for profile in profiles or [{}]
     ]
     made = partial(Plan, graph, effects, profiles=profiles, precision=report.as_dict())
-    executor = Executor(graph, {}, lambda node: None, {}) if native_is_available() else None
+    executor = Executor(graph, {}, lambda node: None, packed) if native_is_available() else None
     cache = TimingCache(None if timing_cache is None else Path(timing_cache))
     kernels: dict[Node, Kernel] = {}
     try:

@@ -132,7 +132,7 @@ def slice_(x: Any, starts: Tensor, ends: Tensor, axes: Tensor | None = None, ste
 @operator("Expand")
 def expand(x: Tensor, shape: Tensor) -> Tensor:
     """Both ways: a 1 in `shape` keeps the tensor's own dimension."""
-    wanted = torch.broadcast_shapes(x.shape, tuple(ints(shape)))
+    wanted = np.broadcast_shapes(tuple(x.shape), tuple(ints(shape)))  # torch's own imports sympy: seconds
     room_for(wanted, x.dtype)
     return x.expand(wanted)
 

@@ -19,6 +19,7 @@ from trine.graph.passes.constants import fold_constants
 from trine.graph.passes.convolution import fuse_convolution, lift_convolution
 from trine.graph.passes.gelu import fuse_gelu, fuse_silu
 from trine.graph.passes.hoist import hoist_activations
+from trine.graph.passes.integer_operators import spread_integer_operators
 from trine.graph.passes.linear import fuse_linear
 from trine.graph.passes.merge import merge_linear
 from trine.graph.passes.normalization import fuse_layer_norm, fuse_rms_norm
@@ -35,6 +36,7 @@ Pass = Callable[[Graph], Graph]
 PASSES: tuple[Pass, ...] = (
     infer_shapes,
     fold_constants,
+    spread_integer_operators,
     simplify,
     merge_common_subexpressions,
     unfold_transposes,

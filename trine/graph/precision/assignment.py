@@ -10,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import log10, prod
 
+import torch
+
 from trine.core.errors import ConfigurationError
 from trine.graph.ir import Graph, Node
 from trine.graph.precision.calibration import Batch
 from trine.graph.precision.clone import clone
 from trine.graph.precision.quantize import LOWER, quantizable
 from trine.graph.precision.ranges import Range
-from trine.graph.precision.report import Accuracy, Outputs, Report, compare, layer_noise, measured, noise, run_all
+from trine.graph.precision.report import (
+    Accuracy,
+    Outputs,
+    Report,
+    Tracer,
+    compare,
+    layer_noise,
+    measured,
+    noise,
+    run_all,
+)
 
 _SAMPLES_FOR_SENSITIVITY = 16
 _RUNS_FOR_LAYERS = 2
@@ -37,34 +49,39 @@ def assign(
     *,
     accuracy_drop: float | None = None,
     accuracy: Accuracy | None = None,
-) -> tuple[Graph, Report]:
-    """The graph in lower precision and how it compares; with `accuracy_drop` (in percentage points) only those layers
-    that this allows. ConfigurationError where there is no data to measure it on.
+    tracer: Tracer | None = None,
+) -> tuple[Graph, Report, Mapping[str, torch.Tensor]]:
+    """The graph in lower precision, how it compares, and its packed weights; with `accuracy_drop` (percentage points)
+    only those layers that this allows. `tracer` is one of the graph. ConfigurationError where there is no data to
+    measure on.
     """
     nodes = quantizable(graph)
     if not data:
         if accuracy_drop is not None:
             raise ConfigurationError("accuracy_drop needs calibration data to measure the drop on: give calibration=")
-        return lowered(graph, nodes, precision, ranges), Report(precision, 0)
-    exact = run_all(graph, data)
+        return lowered(graph, nodes, precision, ranges), Report(precision, 0), {}
+    tracer = tracer or Tracer(graph)
+    exact = tracer.run(data)
+    every = nodes
     search = _Search(graph, precision, ranges, data, exact, accuracy)
     sensitivity: dict[str, float] = {}
     if accuracy_drop is None:
         best = lowered(graph, nodes, precision, ranges)
     else:
         nodes, best, sensitivity = search.within(nodes, accuracy_drop)
-    outputs = run_all(best, data)
+    found = Tracer(best)
+    outputs = found.run(data)
     report = Report(
         precision,
         samples=sum(len(run[0]) if run and run[0].dim() else 1 for run in data),
         outputs=compare(outputs, exact),
-        layers=layer_noise(graph, best, data[:_RUNS_FOR_LAYERS]),
-        kept=[node.name for node in quantizable(graph) if node not in set(nodes)],
+        layers=layer_noise(tracer, found, data[:_RUNS_FOR_LAYERS]),
+        kept=[node.name for node in every if node not in set(nodes)],
         sensitivity=sensitivity,
     )
     if accuracy is not None or accuracy_drop is not None:
         report.accuracy = (measured(accuracy, exact, exact), measured(accuracy, outputs, exact))
-    return best, report
+    return best, report, found.packed
 
 
 class _Search:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ import torch
 from trine.core.errors import ConfigurationError
 from trine.graph.dtypes import DType, to_torch
 from trine.graph.errors import InputError
-from trine.graph.ir import Graph, Node, Value
+from trine.graph.ir import Graph, Value
 from trine.graph.precision.ranges import Range, Seen, calibrator
-from trine.graph.runtime import Program, check_input
-from trine.graph.tactics import choose_first, kernels_for
+from trine.graph.runtime import check_input
+
+if TYPE_CHECKING:
+    from trine.graph.precision.report import Tracer
 
 Batch: TypeAlias = list[Any]
 """The graph's inputs, in order, as tensors."""
@@ -149,39 +151,34 @@ class CalibrationCache:
         os.replace(file.name, self.path)
 
 
-def calibrate(graph: Graph, data: Iterable[Batch], method: str) -> dict[str, Range]:
-    """Ranges of the graph's float32 values by name, over all runs of `data`.
+def calibrate(graph: Graph, tracer: Tracer, data: Iterable[Batch], method: str) -> dict[str, Range]:
+    """Ranges of the graph's float32 values by name, over all runs of `data`, which `tracer` runs.
 
     ConfigurationError for inputs that are not finite.
     """
     choose = calibrator(method)
-    program = Program(graph, kernels_for(choose_first(graph)))
-    rows = [node.inputs[0] for node in graph.nodes if node.op == "Linear"]
-    seen = {value: Seen(keeps_channels=True) for value in rows if value is not None and value.rank != 0}
+    channels = {node.inputs[0].name for node in graph.nodes if node.op == "Linear" and node.inputs[0] is not None}
+    seen: dict[str, Seen] = {}
     runs = list(data)
     for pass_ in ("extend",) if method == "minmax" else ("extend", "count"):
 
         def look(value: Value, x: Any, what: str = pass_) -> None:
             if value.name and isinstance(x, torch.Tensor) and value.dtype is DType.FLOAT32:
-                getattr(seen.setdefault(value, Seen()), what)(x)
-
-        def see(node: Node, given: list[Any], results: tuple[Any, ...]) -> None:
-            for value, x in zip(node.outputs, results, strict=False):
-                look(value, x)
+                keeps = value.name in channels and value.rank != 0
+                getattr(seen.setdefault(value.name, Seen(keeps_channels=keeps)), what)(x)
 
         for run in runs:
             for value, x in zip(graph.inputs, run, strict=True):
                 look(value, x)
-            with torch.inference_mode():
-                program.trace(run, see)
+            tracer.run([run], look)
     for value in graph.inputs:
-        found = seen.get(value)
+        found = seen.get(value.name)
         if found is not None and not np.isfinite([found.low, found.high]).all():
             raise ConfigurationError(f"calibration data: {value.name!r} holds numbers that are not finite")
     # A value that is infinite by the model's own doing, as masks are, has no range and stays as it is.
     return {
-        value.name: _with_channels(choose(found), found)
-        for value, found in seen.items()
+        name: _with_channels(choose(found), found)
+        for name, found in seen.items()
         if np.isfinite([found.low, found.high]).all()
     }
 

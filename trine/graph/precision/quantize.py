@@ -42,8 +42,9 @@ def _weight(node: Node) -> torch.Tensor | None:
     if bias is not None and not bias.is_constant:
         return None
     data: torch.Tensor = w.data
-    usable = bool(torch.isfinite(data).all()) and 0 < data[0].numel() < (1 << 16)
-    return data if usable and node.inputs[0] is not None else None
+    if node.inputs[0] is None or not 0 < data[0].numel() < (1 << 16):
+        return None
+    return data if bool(torch.isfinite(torch.stack(torch.aminmax(data))).all()) else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from trine.graph.native import Executor, native_is_available
 from trine.graph.precision.calibration import Batch
 from trine.graph.precision.clone import clone
 from trine.graph.runtime import Program
-from trine.graph.tactics import choose_first, kernels_for
+from trine.graph.tactics import Choice, choose_first, kernels_for
 
 Outputs: TypeAlias = dict[str, np.ndarray[Any, Any]]
 Accuracy: TypeAlias = Callable[[Outputs], float] | Sequence[int] | np.ndarray[Any, Any]
@@ -76,29 +76,61 @@ def decibels(signal: float, noise: float) -> float:
     return -200.0 if signal <= 0 else min(200.0, 10 * math.log10(signal / noise))
 
 
-def run_all(graph: Graph, data: Sequence[Batch], see: Callable[[Value, torch.Tensor], None] | None = None) -> Outputs:
-    """Every output over all runs, joined along the first axis; `see` is told every value of each run."""
-    whole, made = _with_everything(graph) if see is not None else (graph, [])
-    choices = choose_first(whole)
-    kernels = kernels_for(choices)
-    runner: Callable[[Batch], tuple[Any, ...]]
+def _runner(graph: Graph) -> tuple[Callable[[Batch], tuple[Any, ...]], Executor | None]:
+    """Runs the graph as a plan does that nobody tuned, natively where that is open."""
     if native_is_available():
-        runner = Executor(whole, {}, kernels.get, {}).run
-    else:
-        program = Program(whole, kernels)
-        runner = lambda run: program.run(*run)  # noqa: E731
+        executor = Executor(graph, {}, lambda node: kernels_for({node: Choice("")}).get(node), {})
+        return executor.run, executor
+    program = Program(graph, kernels_for(choose_first(graph)))
+    return lambda run: program.run(*run), None
+
+
+class Tracer:
+    """A graph that tells every value of a run, bound once for all of a user's data."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._names = graph.output_names
+        whole, self._made = _with_everything(graph)
+        self._run, self._executor = _runner(whole)
+
+    @property
+    def packed(self) -> Mapping[str, torch.Tensor]:
+        """The weights as kernels want them, for whoever runs the graph next."""
+        return {} if self._executor is None else self._executor.packed.entries
+
+    def run(self, data: Sequence[Batch], see: Callable[[Value, torch.Tensor], None] | None = None) -> Outputs:
+        """As `run_all`; `see` is told every value of each run."""
+        collected: list[list[np.ndarray[Any, Any]]] = [[] for _ in self._names]
+        for run in data:
+            with torch.inference_mode():
+                results = self._run(run)
+            _collect(collected, results)
+            if see is not None:
+                for value, result in zip(self._made, results[len(collected) :], strict=True):
+                    if isinstance(result, torch.Tensor):
+                        see(value, result)
+        return _joined(self._names, collected)
+
+
+def run_all(graph: Graph, data: Sequence[Batch]) -> Outputs:
+    """Every output over all runs, joined along the first axis."""
+    runner, _ = _runner(graph)
     collected: list[list[np.ndarray[Any, Any]]] = [[] for _ in graph.outputs]
     for run in data:
         with torch.inference_mode():
-            results = runner(run)
-        for value, result in zip(made, results[len(collected) :], strict=False):
-            if see is not None and isinstance(result, torch.Tensor):
-                see(value, result)
-        for parts, result in zip(collected, results, strict=False):
-            if isinstance(result, torch.Tensor):
-                parts.append(np.array(result.to(torch.float32).numpy() if result.is_floating_point() else result))
+            _collect(collected, runner(run))
+    return _joined(graph.output_names, collected)
+
+
+def _collect(collected: list[list[np.ndarray[Any, Any]]], results: Sequence[Any]) -> None:
+    for parts, result in zip(collected, results, strict=False):
+        if isinstance(result, torch.Tensor):
+            parts.append(np.array(result.to(torch.float32).numpy() if result.is_floating_point() else result))
+
+
+def _joined(names: Sequence[str], collected: Sequence[list[np.ndarray[Any, Any]]]) -> Outputs:
     joined = {}
-    for name, parts in zip(graph.output_names, collected, strict=True):
+    for name, parts in zip(names, collected, strict=True):
         if parts and all(part.ndim and part.shape[1:] == parts[0].shape[1:] for part in parts):
             joined[name] = np.concatenate(parts)
         elif parts:
@@ -155,13 +187,13 @@ def noise(outputs: Outputs, expected: Outputs) -> float:
     return decibels(signal, sum(float(((got.astype(np.float64) - want) ** 2).sum()) for got, want in pairs))
 
 
-def layer_noise(graph: Graph, lower: Graph, data: Sequence[Batch]) -> dict[str, float]:
+def layer_noise(exact_of: Tracer, lower: Tracer, data: Sequence[Batch]) -> dict[str, float]:
     """Signal to noise of each value by its name, where both graphs make one of that name in float32 or integers."""
     signals: dict[str, float] = {}
     noises: dict[str, float] = {}
     for run in data:
         whole: dict[str, torch.Tensor] = {}
-        run_all(graph, [run], lambda value, x, into=whole: into.__setitem__(value.name, x))  # type: ignore[misc]
+        exact_of.run([run], lambda value, x, into=whole: into.__setitem__(value.name, x))  # type: ignore[misc]
 
         def see(value: Value, x: torch.Tensor, exact: Mapping[str, torch.Tensor] = whole) -> None:
             name, real = _real(value, x)
@@ -171,7 +203,7 @@ def layer_noise(graph: Graph, lower: Graph, data: Sequence[Batch]) -> dict[str, 
             signals[name] = signals.get(name, 0.0) + float((want.double() ** 2).sum())
             noises[name] = noises.get(name, 0.0) + float(((real - want).double() ** 2).sum())
 
-        run_all(lower, [run], see)
+        lower.run([run], see)
     return {name: decibels(signal, noises[name]) for name, signal in signals.items()}
 
 
