@@ -67,10 +67,17 @@ struct DepthwiseLine {
         }
     }
 
+    INLINE __m256i dot(__m256i sum, __m256i x, __m256i weight) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+        return _mm256_dpbusd_epi32(sum, x, weight);
+#else
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, weight), _mm256_set1_epi16(1)));
+#endif
+    }
+
     // The sums of P neighbouring pixels of a line, shares taken off.
     template <int P>
     INLINE void sums(const DepthwiseLine& l, const char* from, const char* w, const int32_t* shares, __m256i (&sum)[P][4]) {
-        const __m256i ones = _mm256_set1_epi16(1);
         UNROLL
         for (int v = 0; v < 4; ++v) {
             const __m256i start = _mm256_sub_epi32(_mm256_setzero_si256(), loadi8(reinterpret_cast<const char*>(shares + 8 * v)));
@@ -86,7 +93,7 @@ struct DepthwiseLine {
                     UNROLL
                     for (int p = 0; p < P; ++p) {
                         const __m256i x = loadi8(from + p * pixel + q * COLUMN + 32 * v);
-                        sum[p][v] = _mm256_add_epi32(sum[p][v], _mm256_madd_epi16(_mm256_maddubs_epi16(x, weight), ones));
+                        sum[p][v] = dot(sum[p][v], x, weight);
                     }
                 }
             }

@@ -29,8 +29,8 @@ struct Finish {
 // zeros to `depth`. int8: steps of 4, or of 2 where `fits` is 1; bf16: of 2. `fits` says what AVX2 may add in 16 bits: 2,
 // two neighbours' products with bytes; 4, those of a step and of the next one, too (`depth` is a multiple of 8); 1, none.
 // shares [groups][panels * 16]: the zero point times each filter's sum of weights, taken away.
-// Depthwise (channels and filters are 1, groups the channels): see depthwise8.h. Planar images and steps between lines are
-// for bf16 on tiles (tile_conv.h).
+// Depthwise (channels and filters are 1, groups the channels): see depthwise8.h. Missing channels and steps between lines
+// are for tiles (tile_conv.h).
 struct WindowArgs {
     const void* x;
     const void* weight;
@@ -40,8 +40,8 @@ struct WindowArgs {
     int64_t height, width, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
     int64_t x_pixel, x_row, x_image;
-    int64_t x_channel;   // planar: elements from channel to channel, of `x_channels`; the other `channels` are zeros
-    int64_t x_channels;  // 0: not planar
+    int64_t x_channels;  // 0: all; else those that x has of the four `channels`
+    int64_t x_channel;   // then elements from one to the next: 1 for bytes, planes of bf16
     int64_t out_step;    // lines of the result from one written to the next; 0: 1
     DType x_dtype;
     int32_t x_zero;

@@ -130,7 +130,17 @@ struct ByteCore {
     Row padding() const { return static_cast<Row>(zero); }
     int64_t element() const { return 1; }
     const Row* direct(const WindowArgs& a) const { return flip ? nullptr : static_cast<const Row*>(a.x); }
-    void interleave(const void*, const WindowArgs&, int64_t, Row*) const {}  // no planar images of bytes
+    // `count` pixels of fewer than four channels, four each.
+    void interleave(const void* from, const WindowArgs& a, int64_t count, Row* to) const {
+        const char* p = static_cast<const char*>(from);
+        const uint32_t kept = (1u << 8 * a.x_channels) - 1, turned = flip * 0x01010101u & kept;
+        for (int64_t i = 0; i < count; ++i, p += a.x_pixel, to += 4) {
+            uint32_t pixel = 0;
+            memcpy(&pixel, p, i + 4 <= count ? 4 : a.x_channels);  // the next pixels', too, where there are some
+            pixel = (pixel & kept) ^ turned;
+            memcpy(to, &pixel, 4);
+        }
+    }
 
     void copy(const void* from, int64_t n, Row* to) const {
         memcpy(to, from, n);

@@ -15,6 +15,7 @@ from trine.graph.errors import PlanError
 from trine.graph.fitting_weights import TOGETHER, fitting
 from trine.graph.ir import Node, Value
 from trine.graph.native.args import ACTIVATIONS
+from trine.graph.native.narrow import has_tiles
 from trine.graph.native.recorder import Recorder, native
 from trine.graph.native.tape import library
 from trine.graph.native.tensor import NUMBERS, Tensor
@@ -23,6 +24,7 @@ from trine.graph.passes.quantized import scale_of
 PANEL, BLOCK = 16, 32
 _BYTES = (DType.UINT8, DType.INT8)
 _FEW_CHANNELS = 8
+_QUAD, _TILE_ROW = 4, 64
 _LARGEST_WINDOW = 64
 """Places of a depthwise kernel."""
 
@@ -49,7 +51,7 @@ class WindowArgs(ctypes.Structure):
         *((name, c_int64) for name in ("height", "width", "out_height", "out_width")),
         *((name, c_int64) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")),
         *((name, c_int64) for name in ("pad_top", "pad_left", "x_pixel", "x_row", "x_image")),
-        *((name, c_int64) for name in ("x_channel", "x_channels", "out_step")),
+        *((name, c_int64) for name in ("x_channels", "x_channel", "out_step")),
         *((name, c_int32) for name in ("x_dtype", "x_zero", "fits")),
     )
 
@@ -285,10 +287,12 @@ def _emit(
     """The step of a quantised product: packed weights, their sums, what follows."""
     groups = args.groups
     data = weight.data.reshape(*weight.data.shape, *[1] * (4 - weight.data.dim()))
+    if args.x_channels:
+        data = torch.nn.functional.pad(data, (0, 0, 0, 0, 0, args.channels - args.x_channels))
     args.fits = fitting(data) if library().trine_isa() == b"avx2" else TOGETHER
     step, multiple = (2, 2) if args.fits == 1 else (4, depth_multiple())
     shape = panels_shape(data, groups, step, multiple)
-    layout = f"int8:{step}x{multiple}:{groups}"
+    layout = f"int8:{step}x{multiple}:{groups}:{args.x_channels}"
     packed = packed_weight(tape, weight, layout, shape, lambda: panels(data, groups, step, multiple))
     args.depth = packed.shape[2] * step
     args.x_zero = node.attributes["x_zero"]
@@ -328,8 +332,15 @@ def quantized_conv(tape: Recorder, node: Node) -> bool:
     if args.channels == 1 and args.filters == 1 and prod(data.shape[2:]) <= _LARGEST_WINDOW and args.groups > 1:
         _depthwise(tape, node, args, (x, y, residual), weight)
     else:
+        if has_tiles() and args.channels < _QUAD and args.groups == 1 and _is_short(args):
+            args.channels, args.x_channels, args.x_channel = _QUAD, args.channels, 1
         _emit(tape, node, args, x, y, residual, weight)
     return True
+
+
+def _is_short(args: WindowArgs) -> bool:
+    """Whether a line of the kernel, four channels a pixel, fits a row of a tile."""
+    return bool(1 < args.kernel_w <= _TILE_ROW // _QUAD and args.dilation_w == 1)
 
 
 def _depthwise(
