@@ -33,6 +33,7 @@ from trine.kernels.triton import fp8 as kernels
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.gated_linear import fused
 from trine.kernels.triton.hopper_attention import hopper_prefill_attention
+from trine.kernels.triton.parts import in_parts
 
 BF16 = torch.bfloat16
 LAYER = {"qkv": (6144, 4096), "output": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -67,7 +68,7 @@ def check_attention(report: Report, chooser: random.Random) -> None:
 
 
 def check_float8(report: Report, chooser: random.Random) -> None:
-    rows, inputs, inner = chooser.choice([2, 30, 64, 300, 3000]), chooser.choice([256, 896, 4096]), 128 * 11
+    rows, inputs, inner = chooser.choice([2, 30, 64, 100, 250, 300, 3000]), chooser.choice([256, 896, 4096]), 128 * 11
     x, weight = randn(rows, inputs, dtype=BF16), randn(2 * inner, inputs, dtype=BF16) * 0.05
     rounded, packed = kernels.quantize_rows(x), fp8.pack_fp8(weight)
     name = f"{rows}x{inputs} to {inner}"
@@ -79,6 +80,11 @@ def check_float8(report: Report, chooser: random.Random) -> None:
     one = fused(x, weight, None)
     if one is not None:
         check(report, f"gated {name}", one, exact, 1e-2)
+    for kind, own, reader in (("bf16", x, weight), ("float8", rounded, packed)):
+        parts = in_parts(own, reader, None)
+        if parts is not None:
+            expected = x.double() @ weight.double().T if kind == "bf16" else fp8.linear(rounded, packed)
+            check(report, f"{kind} in parts {name}", parts.double().sum(0)[:rows], expected, 1e-2)
 
 
 def check_kernels(report: Report, rounds: int, seed: int) -> None:
@@ -150,6 +156,12 @@ def library_product(x: fp8.Fp8Rows, weight: fp8.Fp8Weight) -> torch.Tensor:
     )  # fmt: skip
 
 
+def own_product(x: fp8.Rows, weight: fp8.Fp8Weight) -> torch.Tensor:
+    """A whole product, or parts of one for the kernel behind to sum up."""
+    parts = in_parts(x, weight, None)
+    return kernels.linear(x, weight) if parts is None else parts
+
+
 def time_products(report: Report, bandwidth: float) -> None:
     """With more weights in turn than the card's own cache holds. Ours takes one row as it is."""
     for name, (outputs, inputs) in LAYER.items():
@@ -163,7 +175,7 @@ def time_products(report: Report, bandwidth: float) -> None:
                 if way == "library":
                     launches = [partial(library_product, rounded, weight) for weight in weights]
                 else:
-                    launches = [partial(kernels.linear, plain if rows == 1 else rounded, weight) for weight in weights]
+                    launches = [partial(own_product, plain if rows == 1 else rounded, weight) for weight in weights]
                 elapsed = seconds(lambda i, launches=launches: launches[i](), copies)
                 figures |= {f"{way}_us": elapsed * 1e6, f"{way}_share": outputs * inputs / elapsed / bandwidth}
             report.show("products", f"{name} {rows} rows", **figures)

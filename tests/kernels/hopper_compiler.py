@@ -55,7 +55,8 @@ def compile_kernel(request: dict[str, Any]) -> None:
             attributes[(kernel.arg_names.index(name),)] = [["tt.divisibility", int(divisor)]]
         if "[" in kind:
             bits = 8 if kind.startswith("fp8") else 16
-            layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+            row_bytes = int(kind.split()[-1].rstrip("]")) * bits // 8
+            layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=bits, rank=2)
             kind = f"tensordesc<{kind},{layout!r}>"
         signature[name] = kind
     constants = {(kernel.arg_names.index(name),): value for name, value in request["constants"].items()}

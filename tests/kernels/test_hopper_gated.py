@@ -23,21 +23,26 @@ def test_any_device(has_bias: bool) -> None:
     torch.testing.assert_close(linear_silu_mul(x, weight, own), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8e4nv"])
-def test_compiles(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "narrow"), [("bf16", 96), ("fp8e4nv", 0)])
+def test_compiles(dtype: str, narrow: int) -> None:
     pytest.importorskip("triton.experimental.gluon")
     k_block = 128 if dtype == "fp8e4nv" else 64
     check_compiles(
         "trine.kernels.triton.hopper_gated",
         "_gated_kernel",
-        {"rows": 128, "columns": 128, "k_block": k_block, "stages": 4, "together": 16, "has_scales": k_block == 128},
-        {"x_desc": f"{dtype}[128, {k_block}]", "weight_desc": f"{dtype}[128, {k_block}]", "out_desc": "bf16[64, 128]",
+        {"rows": 128, "wide": 128, "narrow": narrow, "k_block": k_block, "stages": 4, "together": 16,
+         "has_scales": k_block == 128},
+        {"x_desc": f"{dtype}[128, {k_block}]", "wide_desc": f"{dtype}[128, {k_block}]",
+         "middle_desc": f"{dtype}[64, {k_block}]", "small_desc": f"{dtype}[32, {k_block}]",
+         "wide_out_desc": "bf16[64, 128]", "middle_out_desc": "bf16[64, 64]", "small_out_desc": "bf16[64, 32]",
          "x_scales_ptr": "*fp32", "weight_scales_ptr": "*fp32"},
     )  # fmt: skip
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(300, 256, 256), (2048, 4096, 1408), (128, 128, 128)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(300, 256, 256), (2048, 4096, 1408), (128, 128, 128), (250, 128, 14336)]
+)
 def test_equals_the_reference(rows: int, inputs: int, outputs: int) -> None:
     from trine.kernels.triton.hopper_gated import gated_linear, supports
 

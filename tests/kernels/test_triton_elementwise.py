@@ -59,6 +59,24 @@ def test_norm_of_strided_rows() -> None:
     assert_near(kernels.layer_norm(x, weight, weight, 1e-6), reference.layer_norm(x, weight, weight, 1e-6))
 
 
+def test_sum_of_parts() -> None:
+    """What is added to a residual stream, or holds a step's heads, may come in parts, of more rows than are wanted."""
+    parts, residual, weight = random(3, 8, 96)[:, :5], random(5, 96, seed=1), random(96, seed=2)
+    total, other = parts.sum(0), residual.clone()
+    assert_near(kernels.add_rms_norm(parts, residual, weight, 1e-6), reference.add_rms_norm(total, other, weight, 1e-6))
+    assert_near(residual, other)
+    with pytest.raises(ValueError, match="must be like x"):
+        kernels.add_rms_norm(parts[:, :4], residual, weight, 1e-6)
+    places, cos_sin = torch.arange(5, device=DEVICE) + 3, random(10, 16, seed=3)
+    found = []
+    for qkv in (parts, total.clone()):
+        caches = [torch.zeros(1, 2, 16, 16, device=DEVICE) for _ in range(2)]
+        q = kernels.prepare_qkv(qkv, 2, 2, 16, places, cos_sin, None, None, 1e-6, *caches, places)
+        found.append((q, *caches))
+    for actual, expected in zip(*found, strict=True):
+        assert_near(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations(dtype: torch.dtype) -> None:
     x = random(3, 2 * 1100, dtype=dtype) * 4

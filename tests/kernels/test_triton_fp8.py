@@ -60,6 +60,9 @@ def test_norms(dtype: torch.dtype) -> None:
     actual = kernels.add_rms_norm_rows(x, residual, weight, 1e-6)
     assert_same_rows(actual, fp8.quantize_rows(reference.add_rms_norm(x, other, weight, 1e-6)))
     torch.testing.assert_close(residual, other)
+    parts = torch.stack([x, x])
+    actual = kernels.add_rms_norm_rows(parts, residual, weight, 1e-6)
+    assert_same_rows(actual, fp8.quantize_rows(reference.add_rms_norm(2 * x, other, weight, 1e-6)))
 
 
 def test_norm_of_parts() -> None:

@@ -156,8 +156,23 @@ def linear_add(x: Rows, weight: Weight, bias: torch.Tensor | None, residual: tor
     return linear(x, weight, bias)
 
 
-def _linear_parts(x: Rows, weight: Weight) -> torch.Tensor | None:
-    """`linear` as parts [P, T, N] that add up to it, which is the norm's to do, where the back end is faster so."""
+def _linear_parts(x: Rows, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`linear` of some hundred rows as parts [P, T, N] that add up to it, which is the next kernel's to do, where the
+    back end is faster so.
+    """
+    if not x.is_cuda or _reference_only or not isinstance(weight, torch.Tensor | Fp8Weight):
+        return None
+    parts: torch.Tensor | None = _gpu_parts().in_parts(x, weight, bias)
+    return parts
+
+
+@cache
+def _gpu_parts() -> ModuleType:
+    return import_module("trine.kernels.triton.parts")
+
+
+def _streamed_parts(x: Rows, weight: Weight) -> torch.Tensor | None:
+    """The same of few rows, for a norm."""
     reads_parts = isinstance(weight, torch.Tensor | Fp8Weight)
     if not x.is_cuda or _reference_only or not reads_parts:
         return None
@@ -218,7 +233,9 @@ def linear_add_norm(
     """Add `linear(x, weight, bias)` to `residual` [T, N] in place; the RMS norm of the sum with weight `norm` [N], in
     the form that the product with `reader` takes fastest, or a tensor without a reader.
     """
-    y = None if bias is not None else _linear_parts(x, weight)
+    y = _linear_parts(x, weight, bias)
+    if y is None and bias is None:
+        y = _streamed_parts(x, weight)
     if y is None:
         y = linear_add(x, weight, bias, residual)
     if reader is None:
@@ -345,8 +362,11 @@ def linear_prepare_qkv(
         )
         if q is not None:
             return q
+    qkv = _linear_parts(x, weight, bias)
+    if qkv is None:
+        qkv = linear(x, weight, bias)
     return prepare_qkv(
-        linear(x, weight, bias), num_heads, num_kv_heads, head_dim, positions, cos_sin, q_norm, k_norm, eps,
+        qkv, num_heads, num_kv_heads, head_dim, positions, cos_sin, q_norm, k_norm, eps,
         k_cache, v_cache, slots, k_scale, v_scale,
     )  # fmt: skip
 

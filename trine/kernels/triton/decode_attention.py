@@ -177,7 +177,7 @@ def _decode_kernel(
 
 @cache
 def _hopper(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
-    """The kernels for few sequences on Hopper GPUs, on one with a Triton that has Gluon."""
+    """The kernels for bfloat16 on Hopper GPUs, on one with a Triton that has Gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:

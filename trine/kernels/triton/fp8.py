@@ -2,7 +2,7 @@
 
 Rounding is bound by memory: a row is read once and written once, at half the size, with its scale. Where it is fused
 with a norm or an activation the plain result is never written at all. Products of many rows are the library's, save
-those with few outputs, `fp8_matrix`'s on Hopper; those of 2 to 64 rows, where the library reaches a third of the
+those of some hundred that `parts` takes; those of 2 to 64 rows, where the library reaches a third of the
 memory's speed, are `stream_linear`'s on Hopper and `fp8_linear`'s elsewhere. One row is `small_linear`'s, which takes
 activations as they are: rounding them would gain nothing there.
 """
@@ -201,12 +201,12 @@ def attention_rows(
 
 
 @cache
-def _hopper(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
-    """The kernels for up to 64 rows and for more, on a Hopper GPU with a Triton that has Gluon."""
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The kernel for up to 64 rows on a Hopper GPU with a Triton that has Gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        return import_module("trine.kernels.triton.stream_linear"), import_module("trine.kernels.triton.fp8_matrix")
+        return import_module("trine.kernels.triton.stream_linear")
     except ImportError:
         return None
 
@@ -219,14 +219,11 @@ def linear(
     if isinstance(x, torch.Tensor) and x.shape[0] == 1:
         return small_linear(x, weight.values, bias, weight.scales, out_dtype)
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
-    hopper = _hopper(rows.device)
     stream = _streams(rows, weight)
     if stream is not None:
         return cast(torch.Tensor, stream.stream_linear(rows, weight, bias, out_dtype))
     if 0 < rows.shape[0] <= MAX_ROWS and inputs % 16 == 0:
         return fp8_linear(rows, weight, bias, out_dtype)
-    if hopper is not None and out_dtype in (None, torch.bfloat16) and hopper[1].supports(rows, weight):
-        return cast(torch.Tensor, hopper[1].fp8_matrix(rows, weight, bias))
     if inputs % 16 or outputs % 16 or not rows.is_cuda:  # what the library does not take
         y = F.linear(rows.dequantize(), weight.dequantize().to(x.dtype), bias)
         return y if out_dtype is None else y.to(out_dtype)
@@ -273,7 +270,7 @@ def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None =
 def _streams(x: Rows, weight: Fp8Weight) -> ModuleType | None:
     """The module whose product is the fastest for few rows, None where it is not or can't be."""
     hopper = _hopper(x.device) if isinstance(x, Fp8Rows) else None
-    return hopper[0] if hopper is not None and hopper[0].can_stream(x, weight) else None
+    return hopper if hopper is not None and hopper.can_stream(x, weight) else None
 
 
 def linear_prepare_qkv(

@@ -14,13 +14,11 @@ from trine.kernels.triton.small_linear import is_ours, linear, small_gated_linea
 
 FUSED_ROWS = 1024
 """Rows from which on there are several tiles for each multiprocessor; with fewer the library's choice of tiles pays,
-but where two rounds of full tiles fit the rows."""
+but where ours keep the multiprocessors busy, or weights are what takes time."""
 
-FULL_ROWS = (range(104, 129), range(232, 257))
-
-
-def _pays(num_rows: int) -> bool:
-    return num_rows >= FUSED_ROWS or any(num_rows in rows for rows in FULL_ROWS)
+FULL_ROWS = range(104, 129)
+FULL = ((512, 0.84), (FUSED_ROWS - 1, 0.9))
+"""The least share of the multiprocessors' time that is to be used, up to so many rows."""
 
 
 @cache
@@ -36,10 +34,14 @@ def _hopper(device: torch.device) -> ModuleType | None:
 
 def fused(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
     """silu(gate) * up of the product, [T, I], by one kernel; None where there is none for it."""
-    if bias is not None or not _pays(x.shape[0]):
+    if bias is not None or x.shape[0] < FULL_ROWS.start:
         return None
     hopper = _hopper(x.device)
     if hopper is None or not hopper.supports(x, weight):
+        return None
+    num_rows, outputs = x.shape[0], weight.shape[0] // 2
+    full = next((share for rows, share in FULL if num_rows <= rows), 0.0)
+    if num_rows not in FULL_ROWS and hopper.utilization(num_rows, outputs, x.device) < full:
         return None
     y: torch.Tensor = hopper.gated_linear(x, weight)
     return y

@@ -36,6 +36,8 @@ STAGES = 2  # blocks of keys, and of values, in flight
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the names until Triton 3.6
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
 
 
 def ordered_tiles(batch: PagedBatch, tokens_block: int) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""Decode attention of few sequences on Hopper: what bounds it is latency, so nothing waits that need not.
+"""Decode attention on Hopper: what bounds it is memory and latency, so nothing waits that need not.
 
-Roofline: 4 * D bytes for each position and key-value head, as in `decode_attention`; but where the sequences and heads
-are fewer than the multiprocessors, a chain of dependent loads takes longer than the bytes. Here a program (sequence,
-key-value head, run) asks the copy engine for all its keys and values at once, up to `STAGES` tiles of `KV_BLOCK`
-positions, and for those that earlier steps have written before the kernel in front is done. A context that fits in
-that many tiles is one program's; a longer one is cut into runs, as many as fill the card, and the program that comes
-last adds them up (flash-decoding, Dao et al. 2023).
+Roofline: 4 * D bytes for each position and key-value head, as in `decode_attention`; but a chain of dependent loads
+(length, block numbers, keys) takes as long as the bytes of a hundred positions. Here a program (sequence, key-value
+head, run) asks the copy engine for several tiles of keys and values at once, and for those that earlier steps have
+written before the kernel in front is done. Where the sequences and heads are fewer than the multiprocessors, a program
+has all the memory of one: a context that fits is one program's; a longer one is cut into runs, as many as fill the
+card, and the program that comes last adds them up (flash-decoding, Dao et al. 2023). With more, three programs share
+one, whose chains hide behind each other's bytes.
 
 Keys and values are the first operands of the tensor cores' products, which take 64 rows at least: scores are
 [positions, heads of the group], results [head_dim, heads]. A row's result depends on its own sequence and on how many
@@ -15,6 +16,7 @@ does. Needs Gluon, which Triton's interpreter can't run; `bench/gpu_check.py` co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -34,10 +36,25 @@ from trine.kernels.triton.device import num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier
 from trine.kernels.types import PagedBatch
 
-KV_BLOCK = 128  # positions of a tile
-STAGES = 3  # tiles in flight: all the shared memory there is
 MAX_GROUP = 16  # heads of a group, the least that a product's second operand is padded to
 MAX_RUNS = 16
+MANY = 12  # units a multiprocessor, from which on three programs share one
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Positions of a tile, tiles in flight, programs that share a sequence and key-value head."""
+
+    kv_block: int
+    stages: int
+    runs: int
+
+
+def tiling(units: int, multiprocessors: int) -> Tiling:
+    """For so many sequences times key-value heads: all the shared memory for a program, or a third of it."""
+    if units <= multiprocessors:
+        return Tiling(128, 3, min(multiprocessors // units, MAX_RUNS))
+    return Tiling(64, 2, 1)
 
 
 @gluon.jit
@@ -256,7 +273,7 @@ def _hopper_decode_kernel(
 @cache
 def _scratch(device: torch.device, group: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs' maxima and sums, their results, and zeroed counters, which every launch leaves at zero: kernels of one
-    device run in one stream at a time.
+    device run in one stream at a time. Where units are more, each is one run and needs none.
     """
     units = num_multiprocessors(device)
     stats = torch.empty((2, units, MAX_RUNS, group), dtype=torch.float32, device=device)
@@ -265,15 +282,19 @@ def _scratch(device: torch.device, group: int, head_dim: int) -> tuple[torch.Ten
 
 
 def supports(q: torch.Tensor, k_cache: torch.Tensor, num_sequences: int) -> bool:
-    """Whether this kernel can run and is the faster one: bfloat16, heads of 64 or 128, a multiprocessor a unit."""
+    """Whether this kernel can run and is the faster one: bfloat16, heads of 64 or 128, a multiprocessor a unit or many
+    units for each (in between long contexts are: the portable kernel has four programs there).
+    """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
+    units, multiprocessors = num_sequences * num_kv_heads, num_multiprocessors(q.device)
+    many = units >= MANY * multiprocessors and head_dim == 128 and block_size <= 64
     return (
         q.dtype == k_cache.dtype == torch.bfloat16
         and head_dim in (64, 128)
-        and 16 <= block_size <= KV_BLOCK
+        and 16 <= block_size <= 128
         and q.shape[1] // num_kv_heads <= MAX_GROUP
         and k_cache.is_contiguous()
-        and num_sequences * num_kv_heads <= num_multiprocessors(q.device)
+        and (units <= multiprocessors or many)
     )
 
 
@@ -299,8 +320,9 @@ def hopper_decode_attention(
     descriptors = [
         TensorDescriptor(cache, shape, [head_dim, 1], [block_size, head_dim], layout) for cache in (k_cache, v_cache)
     ]
+    own = tiling(units, num_multiprocessors(q.device))
     stats, acc, arrivals = _scratch(q.device, group, head_dim)
-    _hopper_decode_kernel[(units, min(num_multiprocessors(q.device) // units, MAX_RUNS))](
+    _hopper_decode_kernel[(units, own.runs)](
         q,
         *descriptors,
         batch.block_table,
@@ -321,8 +343,8 @@ def hopper_decode_attention(
         group=group,
         head_dim=head_dim,
         group_block=MAX_GROUP,
-        kv_block=KV_BLOCK,
-        stages=STAGES,
+        kv_block=own.kv_block,
+        stages=own.stages,
         max_runs=MAX_RUNS,
         num_warps=4,
         launch_pdl=True,

@@ -72,8 +72,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def as_parts(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, int]:
     """The first of the parts of x [P, T, H] that are to be added to `residual` [T, H], and their number; without
-    parts x as rows, and 1. Parts come from `stream_parts`, which lets the kernel behind start when all before it are
-    done: then the residual is settled.
+    parts x as rows, and 1. Parts come from `stream_parts` and `in_parts`, which let the kernel behind start when all
+    before them are done: then the residual is settled.
     """
     if residual is None or x.dim() < 3:
         return _rows(x), 1

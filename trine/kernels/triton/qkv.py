@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.norm import sum_of_parts
 
 _TILE = 1024  # elements of a program: several heads of one token
 
@@ -18,6 +19,7 @@ _TILE = 1024  # elements of a program: several heads of one token
 @triton.jit
 def _norm_and_rotate(
     row_ptr,
+    part_stride,
     heads,
     inside,
     norm_ptr,
@@ -27,19 +29,20 @@ def _norm_and_rotate(
     rotary_dim: tl.constexpr,
     has_norm: tl.constexpr,
     dim_block: tl.constexpr,
+    num_parts: tl.constexpr,
 ):
     """Heads `heads` [n] of one token, normed and rotated: [n, dim_block] float32.
 
     Element i of the rotated part turns together with its partner i ± rotary_dim / 2, which is loaded a second time.
     """
     dims = tl.arange(0, dim_block)
-    x = tl.load(row_ptr + heads[:, None] * head_dim + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = sum_of_parts(row_ptr, part_stride, heads[:, None] * head_dim + dims[None, :], inside, num_parts)
     half: tl.constexpr = rotary_dim // 2
     partner_dims = tl.where(dims < half, dims + half, dims - half)
     turned = dims < rotary_dim
     if rotary_dim > 0:
-        partner_ptr = row_ptr + heads[:, None] * head_dim + partner_dims[None, :]
-        partner = tl.load(partner_ptr, mask=inside & turned[None, :], other=0.0).to(tl.float32)
+        partner_columns = heads[:, None] * head_dim + partner_dims[None, :]
+        partner = sum_of_parts(row_ptr, part_stride, partner_columns, inside & turned[None, :], num_parts)
     if has_norm:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / head_dim + eps)[:, None]
         x = x * scale * tl.load(norm_ptr + dims, mask=dims < head_dim, other=0.0).to(tl.float32)[None, :]
@@ -64,6 +67,7 @@ def _prepare_qkv_kernel(
     k_norm_ptr,
     slots_ptr,
     qkv_stride,
+    part_stride,
     cache_block_stride,
     cache_head_stride,
     cache_token_stride,
@@ -79,6 +83,7 @@ def _prepare_qkv_kernel(
     has_k_norm: tl.constexpr,
     heads_block: tl.constexpr,
     dim_block: tl.constexpr,
+    num_parts: tl.constexpr,
     early: tl.constexpr,
 ):
     """Program (t, j): the j-th block of heads of token t, counted over the queries', the keys' and the values'."""
@@ -97,8 +102,9 @@ def _prepare_qkv_kernel(
         heads = part * heads_block + tl.arange(0, heads_block)
         inside = (heads < num_heads)[:, None] & (dims < head_dim)[None, :]
         q = _norm_and_rotate(
-            row_ptr, heads, inside, q_norm_ptr, cos_sin_row, eps, head_dim, rotary_dim, has_q_norm, dim_block
-        )
+            row_ptr, part_stride, heads, inside, q_norm_ptr, cos_sin_row, eps,
+            head_dim, rotary_dim, has_q_norm, dim_block, num_parts,
+        )  # fmt: skip
         q_row_ptr = q_ptr + (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
         tl.store(q_row_ptr, q.to(q_ptr.dtype.element_ty), mask=inside)
     else:
@@ -112,14 +118,15 @@ def _prepare_qkv_kernel(
         if is_key:
             row_ptr += num_heads * head_dim
             k = _norm_and_rotate(
-                row_ptr, heads, inside, k_norm_ptr, cos_sin_row, eps, head_dim, rotary_dim, has_k_norm, dim_block
-            )
+                row_ptr, part_stride, heads, inside, k_norm_ptr, cos_sin_row, eps,
+                head_dim, rotary_dim, has_k_norm, dim_block, num_parts,
+            )  # fmt: skip
             k = k.to(qkv_ptr.dtype.element_ty).to(tl.float32) * (1.0 / k_scale)
             tl.store(k_cache_ptr + place, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
         else:
             row_ptr += (num_heads + num_kv_heads) * head_dim
-            v = tl.load(row_ptr + heads[:, None] * head_dim + dims[None, :], mask=inside, other=0.0)
-            v = v.to(tl.float32) * (1.0 / v_scale)
+            v = sum_of_parts(row_ptr, part_stride, heads[:, None] * head_dim + dims[None, :], inside, num_parts)
+            v = v.to(qkv_ptr.dtype.element_ty).to(tl.float32) * (1.0 / v_scale)
             tl.store(v_cache_ptr + place, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
@@ -141,19 +148,21 @@ def prepare_qkv(
 ) -> torch.Tensor:
     """Norm and rotate the heads of qkv [T, (Hq + 2 Hkv) D], write keys and values to the cache; queries [T, Hq, D].
 
-    A float8 cache holds them divided by their scales.
+    qkv may come as parts [P, T, (Hq + 2 Hkv) D], whose sum it is. A float8 cache holds keys and values
+    divided by their scales.
     """
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError(f"caches must have equal strides, the last 1: {k_cache.stride()} and {v_cache.stride()}")
-    num_tokens = qkv.shape[0]
+    parts = qkv if qkv.ndim == 3 else qkv[None]
+    num_tokens = parts.shape[1]
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
     dim_block = triton.next_power_of_2(head_dim)
     heads_block = min(max(_TILE // dim_block, 1), triton.next_power_of_2(num_heads))
-    parts = triton.cdiv(num_heads, heads_block) + 2 * triton.cdiv(num_kv_heads, heads_block)
-    _prepare_qkv_kernel[(num_tokens, parts)](
-        qkv,
+    programs = triton.cdiv(num_heads, heads_block) + 2 * triton.cdiv(num_kv_heads, heads_block)
+    _prepare_qkv_kernel[(num_tokens, programs)](
+        parts,
         q,
         k_cache,
         v_cache,
@@ -162,7 +171,8 @@ def prepare_qkv(
         q_norm,
         k_norm,
         slots,
-        qkv.stride(0),
+        parts.stride(1),
+        parts.stride(0),
         k_cache.stride(0),
         k_cache.stride(1),
         k_cache.stride(2),
@@ -178,6 +188,7 @@ def prepare_qkv(
         has_k_norm=k_norm is not None,
         heads_block=heads_block,
         dim_block=dim_block,
+        num_parts=len(parts),
         num_warps=2,
         **early_launch(qkv.device),
     )
