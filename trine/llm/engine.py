@@ -7,6 +7,7 @@ assumed to go on, its token stays on the device, and what turns out to have ende
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,6 +112,7 @@ class EngineCore:
             assert used == 0, f"{used} cache blocks are in use though nothing runs"
 
     def close(self) -> None:
+        gc.unfreeze()  # build_engine may have frozen what loading made: collections may free it again
         self._executor.close()
         if self._compiler_thread is not None:
             self._compiler_thread.shutdown(wait=False, cancel_futures=True)
