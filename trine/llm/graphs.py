@@ -4,14 +4,11 @@ A graph makes the step's inputs from what the rows of running sequences hold on 
 every row is greedy, chooses the tokens; what changes from step to step comes in as one small copy. It has a fixed
 number of rows; a step is padded up to the next size with sequences of one token in cache block 0, which the engine
 keeps free for that. Lengths and block tables are read on the device, so one graph serves any lengths, but for a single
-sequence, whose attention has a kernel for short contexts. A size is
-captured when it comes up again; until then steps are launched one kernel at a time, and the server is ready before any
-graph is.
+sequence, whose attention has a kernel for short contexts. A size is captured after the step in which it first came up,
+whose kernels were launched one at a time, and the server is ready before any graph is.
 """
 
 from __future__ import annotations
-
-from collections import Counter
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +22,6 @@ from trine.llm.models.base import CausalLM
 from trine.llm.sampling.upload import PinnedRing
 
 MAX_ROWS = 512
-CAPTURE_AT = 2  # the use of a size at which it is captured: it takes as long as a step of single launches
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -53,8 +49,9 @@ class DecodeGraphs:
         self._last_token = last_token
         self._table = table
         self._block_size = block_size
-        self._uses: Counter[tuple[int, bool, bool]] = Counter()  # by size, greedy, short
-        self._graphs: dict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[
+            tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]
+        ] = {}  # size, greedy, short
         self._pool = torch.cuda.graph_pool_handle()
         device, rows = table.device, self.sizes[-1]
         self._step = torch.zeros(HEADER + FIELDS * rows, dtype=torch.int32, device=device)
@@ -87,10 +84,8 @@ class DecodeGraphs:
             graph, result = self._graphs[key]
             graph.replay()
             return result[:num_rows]
-        self._uses[key] += 1
         result = self._compute(*key)
-        if self._uses[key] >= CAPTURE_AT:
-            self._graphs[key] = self._capture(*key)
+        self._graphs[key] = self._capture(*key)
         return result[:num_rows]
 
     def _compute(self, size: int, greedy: bool, short: bool) -> torch.Tensor:

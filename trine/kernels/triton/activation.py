@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
+from trine.kernels.triton.launch import launch
 
 _BLOCK = 1024
 
@@ -45,8 +46,18 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
-        grid = (num_rows, triton.cdiv(size, _BLOCK))
-        _silu_mul_kernel[grid](gate_up, y, gate_up.stride(0), size, block=_BLOCK, num_warps=4, **early_launch(y.device))
+        grid = (num_rows, cdiv(size, _BLOCK))
+        launch(
+            _silu_mul_kernel,
+            grid,
+            gate_up,
+            y,
+            gate_up.stride(0),
+            size,
+            block=_BLOCK,
+            num_warps=4,
+            **early_launch(y.device),
+        )
     return y
 
 
@@ -55,8 +66,16 @@ def gelu(x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        grid = (triton.cdiv(x.numel(), _BLOCK),)
-        _gelu_kernel[grid](
-            x, y, x.numel(), tanh=approximate == "tanh", block=_BLOCK, num_warps=4, **early_launch(y.device)
+        grid = (cdiv(x.numel(), _BLOCK),)
+        launch(
+            _gelu_kernel,
+            grid,
+            x,
+            y,
+            x.numel(),
+            tanh=approximate == "tanh",
+            block=_BLOCK,
+            num_warps=4,
+            **early_launch(y.device),
         )
     return y

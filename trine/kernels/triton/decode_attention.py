@@ -24,7 +24,8 @@ import triton.language as tl
 
 from trine.kernels import fp8
 from trine.kernels.fp8 import Fp8Rows
-from trine.kernels.triton.device import early_launch, num_multiprocessors, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, num_multiprocessors, wait_for_inputs
+from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
 LOG2_E = 1.4426950408889634
@@ -222,16 +223,18 @@ def decode_attention(
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    dim_block = max(triton.next_power_of_2(head_dim), 16)
-    merge_group_block = triton.next_power_of_2(group)
+    dim_block = max(next_power_of_2(head_dim), 16)
+    merge_group_block = next_power_of_2(group)
     units = batch.num_decodes * num_kv_heads
     wanted = num_multiprocessors(q.device) * tuning.programs_per_sm
-    runs = max(1, min(triton.cdiv(wanted, units), tuning.max_pieces))
+    runs = max(1, min(cdiv(wanted, units), tuning.max_pieces))
     spread = runs > 1
     pieces = units * tuning.max_pieces if spread else 0
     stats = torch.empty((2, pieces, group), dtype=torch.float32, device=q.device)
     acc = torch.empty((pieces, group, head_dim), dtype=torch.float32, device=q.device)
-    _decode_kernel[(units, runs)](
+    launch(
+        _decode_kernel,
+        (units, runs),
         q,
         k_cache,
         v_cache,
@@ -241,7 +244,7 @@ def decode_attention(
         stats[0],
         stats[1],
         acc,
-        _arrivals(q.device, max(65536, triton.next_power_of_2(units))),
+        _arrivals(q.device, max(65536, next_power_of_2(units))),
         num_kv_heads,
         sliding_window or 0,
         scale * k_scale * LOG2_E,

@@ -50,6 +50,14 @@ def sequences_block(num_sequences: int) -> int:
     return block
 
 
+# Triton's own two are made for use inside of kernels as well, and take microseconds: there are many at every launch.
+
+
 def cdiv(a: int, b: int) -> int:
     """The quotient a / b rounded up."""
-    return int(triton.cdiv(a, b))
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two not below n, from 1 on."""
+    return 1 << max(n - 1, 0).bit_length()

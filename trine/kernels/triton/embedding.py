@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from trine.kernels import reference
+from trine.kernels.triton.device import next_power_of_2
+from trine.kernels.triton.launch import launch
 from trine.kernels.types import Weight
 
 
@@ -31,7 +33,15 @@ def embedding(token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> to
     size = weight.shape[1]
     y = torch.empty((token_ids.shape[0], size), dtype=dtype, device=weight.device)
     if token_ids.shape[0]:
-        _embedding_kernel[(token_ids.shape[0],)](
-            token_ids, weight, y, size, weight.stride(0), block=min(triton.next_power_of_2(size), 4096), num_warps=4
+        launch(
+            _embedding_kernel,
+            (token_ids.shape[0],),
+            token_ids,
+            weight,
+            y,
+            size,
+            weight.stride(0),
+            block=min(next_power_of_2(size), 4096),
+            num_warps=4,
         )
     return y

@@ -23,9 +23,10 @@ from trine.kernels import fp8
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.decode_attention import decode_attention_rows
-from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.device import early_launch, next_power_of_2, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
 from trine.kernels.triton.gated_linear import fused
+from trine.kernels.triton.launch import launch
 from trine.kernels.triton.norm import as_parts, sum_of_parts
 from trine.kernels.triton.small_linear import small_gated_linear, small_linear, small_qkv_linear
 from trine.kernels.types import PagedBatch
@@ -132,9 +133,10 @@ def quantize_rows(x: torch.Tensor, groups: int = 1) -> Fp8Rows:
     x = _contiguous_rows(x)
     num_rows, size = x.shape
     rows = _empty_rows(x, size, groups)
-    block = triton.next_power_of_2(size // groups)
+    block = next_power_of_2(size // groups)
     if num_rows:
-        _quantize_kernel[(num_rows, groups)](
+        launch(
+            _quantize_kernel, (num_rows, groups),
             x, rows.values, rows.scales, x.stride(0), size, size // groups,
             block=block, num_warps=_warps(block), **early_launch(x.device),
         )  # fmt: skip
@@ -145,9 +147,10 @@ def _launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: tor
     first, parts = as_parts(x, residual)
     target = first if residual is None else residual
     rows = _empty_rows(target, target.shape[1])
-    block = triton.next_power_of_2(target.shape[1])
+    block = next_power_of_2(target.shape[1])
     if target.shape[0]:
-        _rms_norm_kernel[(target.shape[0],)](
+        launch(
+            _rms_norm_kernel, (target.shape[0],),
             first, target, weight, rows.values, rows.scales, first.stride(0), x.stride(0), target.stride(0),
             target.shape[1], eps,
             add=residual is not None, parts=parts, settled=x.dim() == 3 and residual is not None,
@@ -174,9 +177,10 @@ def silu_mul_rows(gate_up: torch.Tensor) -> Fp8Rows:
     size = gate_up.shape[1] // 2
     groups = _groups(gate_up.shape[0], size)
     rows = _empty_rows(gate_up, size, groups)
-    block = triton.next_power_of_2(size // groups)
+    block = next_power_of_2(size // groups)
     if gate_up.shape[0]:
-        _silu_mul_kernel[(gate_up.shape[0], groups)](
+        launch(
+            _silu_mul_kernel, (gate_up.shape[0], groups),
             gate_up, rows.values, rows.scales, gate_up.stride(0), size, size // groups,
             block=block, num_warps=_warps(block), **early_launch(gate_up.device),
         )  # fmt: skip

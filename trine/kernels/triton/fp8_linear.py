@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight
-from trine.kernels.triton.device import early_launch, num_multiprocessors, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, num_multiprocessors, wait_for_inputs
+from trine.kernels.triton.launch import launch
 
 MAX_ROWS = 64
 
@@ -96,9 +97,11 @@ def fp8_linear(
     outputs = weight.shape[0]
     y = torch.empty((num_rows, outputs), dtype=out_dtype or x.dtype, device=x.values.device)
     tuning = tuning or _tuning(outputs, num_rows, y.device)
-    rows_block = min(max(triton.next_power_of_2(num_rows), 16), 128)
-    grid = (triton.cdiv(outputs, tuning.outputs_block), triton.cdiv(num_rows, rows_block))
-    _fp8_linear_kernel[grid](
+    rows_block = min(max(next_power_of_2(num_rows), 16), 128)
+    grid = (cdiv(outputs, tuning.outputs_block), cdiv(num_rows, rows_block))
+    launch(
+        _fp8_linear_kernel,
+        grid,
         x.values,
         x.scales,
         weight.values,

@@ -24,9 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import cdiv, num_multiprocessors
+from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
 LOG2_E = 1.4426950408889634
@@ -374,20 +375,18 @@ def hopper_prefill_attention(
 ) -> None:
     """Attention of the rows of q [T, Hq, D] from `batch.num_decodes` on, into those of out [T, Hq * D]."""
     _, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, block_size, _ = k_cache.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     tokens_block = ROWS // group
     if batch.prefill_tiles is None:
         batch.prefill_tiles = ordered_tiles(batch, tokens_block)
     num_tiles = batch.prefill_tiles.shape[1]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    shape = [num_blocks * num_kv_heads * block_size, head_dim]
-    descriptors = [
-        TensorDescriptor(cache, shape, [head_dim, 1], [block_size, head_dim], layout) for cache in (k_cache, v_cache)
-    ]
-    _hopper_prefill_kernel[(min(num_multiprocessors(q.device), num_tiles * num_kv_heads),)](
+    launch(
+        _hopper_prefill_kernel,
+        (min(num_multiprocessors(q.device), num_tiles * num_kv_heads),),
         q,
-        *descriptors,
+        tiles_of(k_cache, [block_size, head_dim]),
+        tiles_of(v_cache, [block_size, head_dim]),
         batch.block_table,
         batch.prefill_tiles,
         out,

@@ -28,12 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trine.kernels.triton.decode_attention import LOG2_E
+from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier
+from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
 MAX_GROUP = 16  # heads of a group, the least that a product's second operand is padded to
@@ -312,19 +313,17 @@ def hopper_decode_attention(
     a scale in `out_scales` [T, Hkv] float32 for each group of heads.
     """
     _, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, block_size, _ = k_cache.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     units = batch.num_decodes * num_kv_heads
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    shape = [num_blocks * num_kv_heads * block_size, head_dim]
-    descriptors = [
-        TensorDescriptor(cache, shape, [head_dim, 1], [block_size, head_dim], layout) for cache in (k_cache, v_cache)
-    ]
     own = tiling(units, num_multiprocessors(q.device))
     stats, acc, arrivals = _scratch(q.device, group, head_dim)
-    _hopper_decode_kernel[(units, own.runs)](
+    launch(
+        _hopper_decode_kernel,
+        (units, own.runs),
         q,
-        *descriptors,
+        tiles_of(k_cache, [block_size, head_dim]),
+        tiles_of(v_cache, [block_size, head_dim]),
         batch.block_table,
         batch.seq_lens,
         out,

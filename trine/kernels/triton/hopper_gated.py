@@ -23,12 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier, reinterpret
+from trine.kernels.triton.launch import launch
 
 ROWS = 128  # of a tile: 64 a group of warps
 COLUMNS = 128  # outputs of a tile
@@ -261,13 +262,6 @@ def supports(x: Rows, weight: torch.Tensor | Fp8Weight) -> bool:
     )
 
 
-def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(
-        swizzle_byte_width=min(128, block[1] * x.itemsize), element_bitwidth=8 * x.itemsize, rank=2
-    )
-    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], block, layout)
-
-
 def gated_linear(x: Rows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
     """silu(gate) * up of x [T, K] times the transpose of weight [2I, K], whose first half is the gate: [T, I].
 
@@ -281,10 +275,12 @@ def gated_linear(x: Rows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
     y = torch.empty((num_rows, outputs), dtype=torch.bfloat16, device=rows.device)
     narrow = _narrow(num_rows, outputs, rows.device)
     row_tiles, column_units = cdiv(num_rows, ROWS), outputs // (COLUMNS + narrow)
-    _gated_kernel[(min(num_multiprocessors(rows.device), row_tiles * column_units),)](
-        _descriptor(rows, [ROWS, k_block]),
-        *(_descriptor(values, [columns, k_block]) for columns in (128, 64, 32)),
-        *(_descriptor(y, [64, columns]) for columns in (128, 64, 32)),
+    launch(
+        _gated_kernel,
+        (min(num_multiprocessors(rows.device), row_tiles * column_units),),
+        tiles_of(rows, [ROWS, k_block]),
+        *(tiles_of(values, [columns, k_block]) for columns in (128, 64, 32)),
+        *(tiles_of(y, [64, columns]) for columns in (128, 64, 32)),
         x_scales,
         weight_scales,
         row_tiles,

@@ -14,6 +14,7 @@ their own rows, which nobody needs any more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from triton.experimental import gluon
@@ -25,13 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier, reinterpret
 from trine.kernels.triton.hopper_gated import async_store
+from trine.kernels.triton.launch import launch
 
 ROWS = 128  # of a tile: 64 a group of warps
 COLUMNS = ((128, 0, 6), (128, 64, 5))  # of a tile, in powers of two; steps in flight
@@ -209,6 +211,7 @@ class Tiling:
     stages: int
 
 
+@cache
 def tiling(num_rows: int, inputs_bytes: int, outputs: int, multiprocessors: int) -> Tiling | None:
     """The one that leaves the least to a program, with a multiprocessor for each; None where there is none.
 
@@ -257,11 +260,13 @@ def linear_parts(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor |
     k_block = K_BYTES // values.itemsize
     row_tiles = cdiv(num_rows, ROWS)
     parts = torch.empty((own.splits, max(num_rows, ROWS), outputs), dtype=torch.bfloat16, device=values.device)
-    _matrix_kernel[(row_tiles * cdiv(outputs, own.first + own.second) * own.splits,)](
-        _descriptor(values, [ROWS, k_block]),
-        _descriptor(numbers, [own.first, k_block]),
-        _descriptor(numbers, [own.second or own.first, k_block]),
-        _descriptor(parts.view(-1, outputs), [64, 64]),
+    launch(
+        _matrix_kernel,
+        (row_tiles * cdiv(outputs, own.first + own.second) * own.splits,),
+        tiles_of(values, [ROWS, k_block]),
+        tiles_of(numbers, [own.first, k_block]),
+        tiles_of(numbers, [own.second or own.first, k_block]),
+        tiles_of(parts, [64, 64]),
         x_scales,
         w_scales,
         bias,
@@ -281,8 +286,3 @@ def linear_parts(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor |
         launch_pdl=True,
     )
     return parts[:, :num_rows]
-
-
-def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.itemsize, rank=2)
-    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], block, layout)

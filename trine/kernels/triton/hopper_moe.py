@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -24,11 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trine.kernels.triton.device import cdiv
+from trine.kernels.triton.descriptors import tiles_of
+from trine.kernels.triton.device import cdiv, next_power_of_2
 from trine.kernels.triton.hopper_attention import async_load, barrier
+from trine.kernels.triton.launch import launch
 from trine.kernels.triton.moe_route import Lists
 
 _copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -178,14 +178,12 @@ def stream_product(
     outputs = rows // (2 if silu else 1)
     tuning = GATE_UP if silu else DOWN
     y = torch.empty((num_choices, outputs), dtype=x.dtype, device=weight.device)
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    block = [tuning.n_block, tuning.k_block]
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    _stream_kernel[(cdiv(outputs, tuning.n_block), min(num_experts, num_choices) + num_choices // row_block)](
-        TensorDescriptor(weight, [num_experts * rows, inputs], [inputs, 1], block, layout),
+    launch(
+        _stream_kernel, (cdiv(outputs, tuning.n_block), min(num_experts, num_choices) + num_choices // row_block),
+        tiles_of(weight, [tuning.n_block, tuning.k_block]),
         x, y, lists.counts, lists.choices, lists.choices.shape[1], x.stride(0), num_experts, inputs, outputs,
         silu=silu, choices=choices, row_block=row_block, n_block=tuning.n_block, k_block=tuning.k_block,
-        stages=tuning.stages, experts_block=max(triton.next_power_of_2(num_experts), 32), num_warps=tuning.num_warps,
+        stages=tuning.stages, experts_block=max(next_power_of_2(num_experts), 32), num_warps=tuning.num_warps,
         launch_pdl=True,
     )  # fmt: skip
     return y

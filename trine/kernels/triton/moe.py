@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from trine.kernels.fp8 import Fp8Weight
-from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.launch import launch
 from trine.kernels.triton.moe_grouped import Tuning, matrix_product, stream_product
 from trine.kernels.triton.moe_route import Groups, Lists, group, route
 from trine.kernels.triton.moe_single import single_row
@@ -116,8 +117,9 @@ def gather_rows(x: torch.Tensor, groups: Groups, choices: int) -> torch.Tensor:
     """Rows of x [T, H] in sorted order, one for each of its `choices`: [P, H]."""
     count, hidden = groups.order.shape[0], x.shape[1]
     y = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
-    row_block, column_block = 8, min(triton.next_power_of_2(hidden), 1024)
-    _gather_kernel[(cdiv(count, row_block), cdiv(hidden, column_block))](
+    row_block, column_block = 8, min(next_power_of_2(hidden), 1024)
+    launch(
+        _gather_kernel, (cdiv(count, row_block), cdiv(hidden, column_block)),
         x, groups.order, y, count, hidden, x.stride(0), choices,
         row_block=row_block, column_block=column_block, num_warps=4, **early_launch(x.device),
     )  # fmt: skip
@@ -133,13 +135,14 @@ def combine(x: torch.Tensor, how: Groups | Lists, weights: torch.Tensor, after: 
     y = torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
     places, counts = (how.places, None) if isinstance(how, Groups) else (None, how.counts)
     residual, norm, eps = (after.residual, after.weight, after.eps) if after else (None, None, 0.0)
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     num_experts = 0 if counts is None else counts.shape[0]
-    _combine_kernel[(num_rows,)](
+    launch(
+        _combine_kernel, (num_rows,),
         x, places, weights, counts, residual, norm, y, 0 if residual is None else residual.stride(0),
         num_experts, hidden, eps,
         is_sorted=places is not None, listed=counts is not None, add_norm=after is not None, top_k=top_k, block=block,
-        experts_block=triton.next_power_of_2(num_experts), num_warps=min(max(block // 512, 1), 16),
+        experts_block=next_power_of_2(num_experts), num_warps=min(max(block // 512, 1), 16),
         **early_launch(x.device),
     )  # fmt: skip
     return y

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from trine.kernels.triton.device import cdiv, early_launch, num_multiprocessors, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, num_multiprocessors, wait_for_inputs
+from trine.kernels.triton.launch import launch
 from trine.kernels.triton.moe_route import Groups, Lists
 
 
@@ -150,12 +151,13 @@ def stream_product(
     num_experts, inputs = weight.shape[0], weight.shape[2]
     outputs = weight.shape[1] // (2 if silu else 1)
     y = torch.empty((num_choices, outputs), dtype=x.dtype, device=x.device)
-    _stream_kernel[(cdiv(outputs, tuning.column_block), min(num_experts, num_choices) + num_choices // row_block)](
+    launch(
+        _stream_kernel, (cdiv(outputs, tuning.column_block), min(num_experts, num_choices) + num_choices // row_block),
         x, weight, scales, y, lists.counts, lists.choices, lists.choices.shape[1],
         num_experts, inputs, outputs, x.stride(0), has_scales=scales is not None,
         silu=silu, choices=choices, row_block=row_block, column_block=tuning.column_block,
         k_block=tuning.k_block, even=inputs % tuning.k_block == 0 and outputs % tuning.column_block == 0,
-        experts_block=triton.next_power_of_2(num_experts), num_stages=tuning.num_stages, num_warps=tuning.num_warps,
+        experts_block=next_power_of_2(num_experts), num_stages=tuning.num_stages, num_warps=tuning.num_warps,
         **early_launch(x.device),
     )  # fmt: skip
     return y
@@ -172,7 +174,8 @@ def matrix_product(
     parts = 2 if silu else 1
     halves = weight.view(num_experts * parts, outputs, inputs)
     weight_desc = TensorDescriptor.from_tensor(halves, [parts, tuning.column_block, tuning.k_block])
-    _matrix_kernel[(num_multiprocessors(x.device),)](
+    launch(
+        _matrix_kernel, (num_multiprocessors(x.device),),
         x_desc, weight_desc, y, groups.ends, groups.tile_experts, groups.tile_starts, groups.num_tiles,
         inputs, outputs,
         silu=silu, row_block=groups.row_block, column_block=tuning.column_block, k_block=tuning.k_block,

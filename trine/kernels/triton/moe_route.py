@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.launch import launch
 
 _FEW_ROWS = 16  # up to here a program has one row
 _SOME_ROWS = 256  # up to here the experts too are spread over programs
@@ -215,31 +216,34 @@ def route(
         "listed": lists is not None,
         "top_k": top_k,
         "normalize": normalize,
-        "choices": triton.next_power_of_2(top_k),
-        "experts_block": max(triton.next_power_of_2(num_experts), 16),
+        "choices": next_power_of_2(top_k),
+        "experts_block": max(next_power_of_2(num_experts), 16),
     }
     if num_rows == 0:
         return weights, chosen
     to_lists = (None, None, 0) if lists is None else (lists.counts, lists.choices, lists.choices.shape[1])
     logits = torch.empty((num_rows, num_experts), dtype=torch.float32, device=x.device)
     arrivals = _zeros(x.device, _FEW_ROWS, "arrivals")
-    widest = triton.next_power_of_2(hidden)
+    widest = next_power_of_2(hidden)
     early = early_launch(x.device)
     if num_rows <= _FEW_ROWS:
         expert_block = max(_TILE_BYTES // x.itemsize // widest, 1)
-        _route_few_kernel[(cdiv(num_experts, expert_block), num_rows)](
+        launch(
+            _route_few_kernel, (cdiv(num_experts, expert_block), num_rows),
             x, gate, logits, arrivals, weights, chosen, *to_lists, hidden, num_experts, x.stride(0),
             **sizes, expert_block=expert_block, hidden_block=widest, num_warps=1, **early,
         )  # fmt: skip
     elif num_rows <= _SOME_ROWS:
-        _route_some_kernel[(cdiv(num_experts, 16), cdiv(num_rows, 16))](
+        launch(
+            _route_some_kernel, (cdiv(num_experts, 16), cdiv(num_rows, 16)),
             x, gate, logits, arrivals, weights, chosen, *to_lists, num_rows, hidden, num_experts, x.stride(0),
             **sizes, expert_block=16, chunks=8, chunk=min(max(widest // 8, 16), 256 if x.itemsize == 2 else 32),
             rows_block=16, num_warps=8, num_stages=1, **early,
         )  # fmt: skip
     else:
         rows_block = 16 if num_rows <= 2048 else 64
-        _route_many_kernel[(cdiv(num_rows, rows_block),)](
+        launch(
+            _route_many_kernel, (cdiv(num_rows, rows_block),),
             x, gate, weights, chosen, *to_lists, num_rows, hidden, num_experts, x.stride(0),
             **sizes, hidden_block=128 if x.itemsize == 2 else 32, rows_block=rows_block,
             num_warps=4, num_stages=3, **early,
@@ -358,21 +362,31 @@ def group(chosen: torch.Tensor, num_experts: int, row_block: int) -> Groups:
         torch.empty(size, dtype=torch.int32, device=chosen.device)
         for size in (count, count, num_experts, most_tiles, most_tiles, 1)
     )
-    experts_block = triton.next_power_of_2(num_experts)
+    experts_block = next_power_of_2(num_experts)
     options = {"experts_block": experts_block, **early_launch(chosen.device)}
     if count <= _ONE_LAUNCH:
-        _group_kernel[(num_experts,)](
+        launch(
+            _group_kernel, (num_experts,),
             chosen, order, places, ends, experts, starts, num_tiles, count,
-            row_block=row_block, block=max(triton.next_power_of_2(count), 128), num_warps=4, **options,
+            row_block=row_block, block=max(next_power_of_2(count), 128), num_warps=4, **options,
         )  # fmt: skip
     else:
         parts = max(cdiv(count, _PART), num_experts)  # the last ones may be empty: each writes an expert's tiles too
         counts = _zeros(chosen.device, 2 * experts_block, "ranks")
         first_places = torch.empty((parts, experts_block), dtype=torch.int32, device=chosen.device)
-        _rank_kernel[(cdiv(count, _PART),)](
-            chosen, places, counts, count, part=_PART, num_warps=4, **early_launch(chosen.device)
+        launch(
+            _rank_kernel,
+            (cdiv(count, _PART),),
+            chosen,
+            places,
+            counts,
+            count,
+            part=_PART,
+            num_warps=4,
+            **early_launch(chosen.device),
         )
-        _place_kernel[(parts,)](
+        launch(
+            _place_kernel, (parts,),
             chosen, counts, first_places, order, places, ends, experts, starts, num_tiles, count, num_experts,
             row_block=row_block, part=_PART, num_warps=4, **options,
         )  # fmt: skip

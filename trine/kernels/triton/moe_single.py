@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trine.kernels.triton.device import cdiv, early_launch, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.launch import launch
 
 _TILE_BYTES = 32768  # of weights that a program asks for at once
 
@@ -89,7 +90,7 @@ def _single_down_kernel(
 def _inner_block(inner: int, elements: int) -> int:
     """Columns that a program takes at once: at most `elements`, without a remainder if there is such a power of two."""
     whole = inner & -inner
-    return min(elements, whole if whole >= 128 else int(triton.next_power_of_2(inner)))
+    return min(elements, whole if whole >= 128 else next_power_of_2(inner))
 
 
 def single_row(
@@ -109,16 +110,18 @@ def single_row(
     top_k = chosen.shape[1]
     h = torch.empty((top_k, inner), dtype=x.dtype, device=x.device)
     y = torch.empty_like(x)
-    hidden_block = min(triton.next_power_of_2(hidden), 4096)
+    hidden_block = min(next_power_of_2(hidden), 4096)
     row_block = max(_TILE_BYTES // 2 // gate_up.itemsize // hidden_block, 1)
-    _single_gate_up_kernel[(cdiv(inner, row_block), top_k)](
+    launch(
+        _single_gate_up_kernel, (cdiv(inner, row_block), top_k),
         x, gate_up, gate_up_scales, chosen, h, hidden, inner, has_scales=gate_up_scales is not None,
         row_block=row_block, hidden_block=hidden_block, num_warps=4, **early_launch(x.device),
     )  # fmt: skip
-    experts_block = triton.next_power_of_2(top_k)
+    experts_block = next_power_of_2(top_k)
     inner_block = _inner_block(inner, 1024)
     row_block = max(min(_TILE_BYTES // 2 // down.itemsize // experts_block // inner_block, 8), 1)
-    _single_down_kernel[(cdiv(hidden, row_block),)](
+    launch(
+        _single_down_kernel, (cdiv(hidden, row_block),),
         h, down, down_scales, chosen, weights, y, hidden, inner, has_scales=down_scales is not None,
         top_k=top_k, experts_block=experts_block, row_block=row_block, inner_block=inner_block,
         num_warps=4, **early_launch(x.device),

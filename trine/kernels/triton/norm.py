@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.device import early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -90,9 +91,11 @@ def _launch_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: tor
     num_rows, size = rows.shape
     target = rows if residual is None else residual
     y = torch.empty((num_rows, size), dtype=target.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     if num_rows:
-        _rms_norm_kernel[(num_rows,)](
+        launch(
+            _rms_norm_kernel,
+            (num_rows,),
             rows,
             target,
             weight,
@@ -129,9 +132,11 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     rows = _rows(x)
     num_rows, size = rows.shape
     y = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     if num_rows:
-        _layer_norm_kernel[(num_rows,)](
+        launch(
+            _layer_norm_kernel,
+            (num_rows,),
             rows,
             weight,
             bias,

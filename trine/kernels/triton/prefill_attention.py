@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from trine.kernels.triton.decode_attention import LOG2_E
-from trine.kernels.triton.device import cdiv, early_launch, sequences_block, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, sequences_block, wait_for_inputs
+from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
 
@@ -173,11 +174,13 @@ def prefill_attention(
     tuning = tuning or _tuning(head_dim, q.dtype)
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    row_block = max(tuning.row_block, triton.next_power_of_2(group))
+    row_block = max(tuning.row_block, next_power_of_2(group))
     num_sequences = batch.seq_lens.shape[0] - batch.num_decodes
     # each sequence adds at most one tile that is not full
     tiles = cdiv(num_tokens - batch.num_decodes, row_block // group) + num_sequences
-    _prefill_kernel[(tiles, num_kv_heads)](
+    launch(
+        _prefill_kernel,
+        (tiles, num_kv_heads),
         q,
         k_cache,
         v_cache,
@@ -200,7 +203,7 @@ def prefill_attention(
         head_dim=head_dim,
         row_block=row_block,
         kv_block=tuning.kv_block,
-        dim_block=max(triton.next_power_of_2(head_dim), 16),
+        dim_block=max(next_power_of_2(head_dim), 16),
         sequences_block=sequences_block(num_sequences),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,

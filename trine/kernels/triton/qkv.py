@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.launch import launch
 from trine.kernels.triton.norm import sum_of_parts
 
 _TILE = 1024  # elements of a program: several heads of one token
@@ -158,10 +159,12 @@ def prepare_qkv(
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
-    dim_block = triton.next_power_of_2(head_dim)
-    heads_block = min(max(_TILE // dim_block, 1), triton.next_power_of_2(num_heads))
-    programs = triton.cdiv(num_heads, heads_block) + 2 * triton.cdiv(num_kv_heads, heads_block)
-    _prepare_qkv_kernel[(num_tokens, programs)](
+    dim_block = next_power_of_2(head_dim)
+    heads_block = min(max(_TILE // dim_block, 1), next_power_of_2(num_heads))
+    programs = cdiv(num_heads, heads_block) + 2 * cdiv(num_kv_heads, heads_block)
+    launch(
+        _prepare_qkv_kernel,
+        (num_tokens, programs),
         parts,
         q,
         k_cache,

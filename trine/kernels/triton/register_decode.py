@@ -17,14 +17,14 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trine.kernels.triton.decode_attention import LOG2_E
-from trine.kernels.triton.device import num_multiprocessors
+from trine.kernels.triton.device import next_power_of_2, num_multiprocessors
 from trine.kernels.triton.hopper_attention import barrier
+from trine.kernels.triton.launch import launch
 from trine.kernels.types import SHORT_CONTEXT, PagedBatch
 
 TILE = 32  # positions
@@ -225,7 +225,7 @@ def supports(q: torch.Tensor, k_cache: torch.Tensor, batch: PagedBatch) -> bool:
         q.dtype == k_cache.dtype
         and q.itemsize == 2
         and head_dim in (64, 128)
-        and triton.next_power_of_2(q.shape[1] // num_kv_heads) * head_dim <= MAX_GROUP_SIZE
+        and next_power_of_2(q.shape[1] // num_kv_heads) * head_dim <= MAX_GROUP_SIZE
         and batch.num_decodes == 1
         and batch.max_seq_len <= SHORT_CONTEXT
         and num_kv_heads <= MAX_HEADS
@@ -246,7 +246,9 @@ def register_decode_attention(
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     stats, acc, arrivals = _scratch(q.device, group, head_dim)
-    _register_decode_kernel[(num_kv_heads, min(2 * num_multiprocessors(q.device) // num_kv_heads, MAX_RUNS))](
+    launch(
+        _register_decode_kernel,
+        (num_kv_heads, min(2 * num_multiprocessors(q.device) // num_kv_heads, MAX_RUNS)),
         q,
         k_cache,
         v_cache,
@@ -265,7 +267,7 @@ def register_decode_attention(
         block_size=block_size,
         group=group,
         head_dim=head_dim,
-        group_block=max(triton.next_power_of_2(group), 4),
+        group_block=max(next_power_of_2(group), 4),
         tile=TILE,
         max_runs=MAX_RUNS,
         merged=_MERGED,

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.device import early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.launch import launch
 
 _PARTS = 16
 _BLOCK = 2048
@@ -95,13 +96,15 @@ def _launch(
     part_largest = torch.empty((count, _PARTS), dtype=torch.float32, device=logits.device)
     part_tokens = torch.empty((count, _PARTS), dtype=torch.int32, device=logits.device)
     if count:
-        _argmax_kernel[(count, _PARTS)](
+        launch(
+            _argmax_kernel,
+            (count, _PARTS),
             logits,
             largest,
             tokens,
             part_largest,
             part_tokens,
-            _arrivals(logits.device, max(4096, triton.next_power_of_2(count))),
+            _arrivals(logits.device, max(4096, next_power_of_2(count))),
             rows,
             last_token,
             width,
@@ -206,7 +209,9 @@ def thresholds(
     top_k, top_p, min_z = (None if column is None else column.contiguous() for column in (top_k, top_p, min_z))
     limit = torch.empty((z.shape[0], 1), dtype=torch.float32, device=z.device)
     if z.shape[0]:
-        _threshold_kernel[(z.shape[0],)](
+        launch(
+            _threshold_kernel,
+            (z.shape[0],),
             z,
             top_k,
             top_p,
@@ -219,7 +224,7 @@ def thresholds(
             has_min_z=min_z is not None,
             one=_WEIGHT_ONE,
             least_bits=_LEAST_BITS,
-            block=min(_SEARCH_BLOCK, triton.next_power_of_2(z.shape[1])),
+            block=min(_SEARCH_BLOCK, next_power_of_2(z.shape[1])),
             num_warps=16,
             **early_launch(z.device),
         )

@@ -17,7 +17,8 @@ import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 
-from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.launch import launch
 
 MAX_ROWS = 4
 STREAMED_ROWS = 32
@@ -176,10 +177,10 @@ def _blocks(weight: torch.Tensor) -> dict[str, int]:
     """
     inputs = weight.shape[1]
     if weight.itemsize == 1:  # widening takes registers
-        return {"row_block": 4, "k_block": min(triton.next_power_of_2(inputs), 2048)}
+        return {"row_block": 4, "k_block": min(next_power_of_2(inputs), 2048)}
     if inputs > 2 * _WIDEST:
         return {"row_block": 4, "k_block": 1024}
-    k_block = min(triton.next_power_of_2(inputs), _WIDEST)
+    k_block = min(next_power_of_2(inputs), _WIDEST)
     tile_bytes = 2 * _TILE_BYTES if weight.nbytes > LARGE_BYTES else _TILE_BYTES
     return {"row_block": max(min(tile_bytes // weight.itemsize // k_block, 8), 2), "k_block": k_block}
 
@@ -202,7 +203,9 @@ def small_linear(
     outputs = weight.shape[0]
     y = torch.empty((num_rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     blocks = _blocks(weight)
-    _small_linear_kernel[(triton.cdiv(outputs, blocks["row_block"]),)](
+    launch(
+        _small_linear_kernel,
+        (cdiv(outputs, blocks["row_block"]),),
         x,
         weight,
         scales,
@@ -214,7 +217,7 @@ def small_linear(
         weight.stride(0),
         y.stride(0),
         num_rows=num_rows,
-        rows_block=triton.next_power_of_2(num_rows),
+        rows_block=next_power_of_2(num_rows),
         has_scales=scales is not None,
         has_bias=bias is not None,
         num_warps=4,
@@ -232,7 +235,9 @@ def small_gated_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tens
     inputs, outputs = x.shape[1], weight.shape[0] // 2
     y = torch.empty((1, outputs), dtype=x.dtype, device=weight.device)
     blocks = _blocks(weight)
-    _small_gated_kernel[(triton.cdiv(outputs, blocks["row_block"] // 2),)](
+    launch(
+        _small_gated_kernel,
+        (cdiv(outputs, blocks["row_block"] // 2),),
         x,
         weight,
         scales,
@@ -269,7 +274,9 @@ def small_qkv_linear(
     inputs = x.shape[1]
     q = torch.empty((1, num_heads, head_dim), dtype=x.dtype, device=weight.device)
     blocks = _blocks(weight)
-    _small_qkv_kernel[(triton.cdiv(weight.shape[0], blocks["row_block"]),)](
+    launch(
+        _small_qkv_kernel,
+        (cdiv(weight.shape[0], blocks["row_block"]),),
         x,
         weight,
         scales,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from trine.kernels.triton.device import early_launch, wait_for_inputs
+from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
 _BLOCK = 1024
@@ -65,7 +66,9 @@ def stage_decode(
     `step` become sequences of one token in block 0, which belongs to no one, and of row R, which nobody has. Block
     tables keep what is right of the columns in use.
     """
-    _stage_kernel[(token_ids.shape[0],)](
+    launch(
+        _stage_kernel,
+        (token_ids.shape[0],),
         step,
         last_token,
         table,

@@ -15,17 +15,16 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trine.kernels import fp8
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
-from trine.kernels.triton.device import num_multiprocessors
+from trine.kernels.triton.descriptors import tiles_of
+from trine.kernels.triton.device import cdiv, next_power_of_2, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier
+from trine.kernels.triton.launch import launch
 
 MAX_ROWS = 64
 MAX_PLAIN_ROWS = 32
@@ -345,7 +344,7 @@ def parts_of(num_rows: int, weight: torch.Tensor | Fp8Weight) -> int:
     values = _values(weight)
     k_block, _ = _ring(values.itemsize, num_rows)
     most = num_multiprocessors(values.device)
-    tiles, steps = triton.cdiv(weight.shape[0], N_BLOCK), triton.cdiv(weight.shape[1], k_block)
+    tiles, steps = cdiv(weight.shape[0], N_BLOCK), cdiv(weight.shape[1], k_block)
     parts = most // tiles
     return parts if 0.9 * most <= tiles * parts and steps % parts == 0 else 0
 
@@ -395,9 +394,6 @@ def stream_qkv_linear(
     return q
 
 
-_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, fp8.DTYPE: gl.float8e4nv}
-
-
 def _launch(
     x: Rows,
     weight: torch.Tensor | Fp8Weight,
@@ -415,19 +411,17 @@ def _launch(
     values, rows = _values(weight), _values(x)
     scales = (weight.scales, x.scales) if isinstance(weight, Fp8Weight) and isinstance(x, Fp8Rows) else (None, None)
     k_block, stages = _ring(values.itemsize, num_rows)
-    rows_block = max(triton.next_power_of_2(num_rows), 8)
+    rows_block = max(next_power_of_2(num_rows), 8)
     tile_rows = N_BLOCK // 2 if after in ("gate", "turn") else N_BLOCK  # side by side in the weight
     w_block, x_block = [tile_rows, k_block], [rows_block, k_block]
     shared, arrivals = _scratch(y.device)
-    k_steps = triton.cdiv(inputs, k_block)
-    total = triton.cdiv(outputs, N_BLOCK) * k_steps
+    k_steps = cdiv(inputs, k_block)
+    total = cdiv(outputs, N_BLOCK) * k_steps
     k_cache, v_cache, positions, slots, cos_sin = places or (None,) * 5
     groups = 1 if scales[1] is None else scales[1].shape[1]
-    element = _ELEMENTS[values.dtype]
-    layouts = [gl.NVMMASharedLayout.get_default_for(block, element) for block in (w_block, x_block)]
-    _stream_kernel[(total // k_steps * parts or min(num_multiprocessors(y.device), total),)](
-        TensorDescriptor(values, list(values.shape), list(values.stride()), w_block, layouts[0]),
-        TensorDescriptor(rows, list(rows.shape), list(rows.stride()), x_block, layouts[1]),
+    launch(
+        _stream_kernel, (total // k_steps * parts or min(num_multiprocessors(y.device), total),),
+        tiles_of(values, w_block), tiles_of(rows, x_block),
         *scales, bias, y, shared, arrivals,
         num_rows, y.shape[-1], k_steps, total, groups, y.stride(-2),
         pair_distance // tile_rows, jump, pair_distance,  # paired tiles side by side, and from one jump to the next
