@@ -88,6 +88,8 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         num_blocks=plan.num_blocks,
         eos_token_ids=config.eos_token_ids,
     )
+    if device.type == "cuda":
+        _compile_kernels(worker, device)
     inline = device.type == "cuda" or not options.async_loop
     executor: Executor = InlineExecutor(worker) if inline else ThreadExecutor(worker)
     core = EngineCore(
@@ -114,6 +116,18 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         gc.collect()
         gc.freeze()  # to go through all that loading made takes 0.1 s, in which the GPU would run dry
     return core, info
+
+
+def _compile_kernels(worker: Worker, device: torch.device) -> None:
+    """Before the first request, by all processors at once; from the disk what was compiled before."""
+    from trine.kernels.triton.launch import Recorder, recording
+
+    started = time.perf_counter()
+    recorder = Recorder()
+    with recording(recorder):
+        worker.rehearse()
+    count = recorder.compile(device, available_cpus())
+    logger.info("%d kernels ready after %.1f s", count, time.perf_counter() - started)
 
 
 def _context(options: EngineOptions, config: ModelConfig) -> int:

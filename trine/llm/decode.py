@@ -43,6 +43,9 @@ class DecodeSteps:
             and self._graphs.can_run(count)
         )
 
+    def rehearse(self) -> None:
+        self._graphs.rehearse()
+
     def missed(self, step: Step) -> None:
         """A step that was run elsewhere."""
         self._stale.update(new.row for new in step.new_blocks)

@@ -88,6 +88,12 @@ class DecodeGraphs:
         self._graphs[key] = self._capture(*key)
         return result[:num_rows]
 
+    def rehearse(self) -> None:
+        """Compute a step of every size, for `trine.kernels.triton.launch.recording`."""
+        for size in self.sizes:
+            self._compute(size, greedy=True, short=size == 1)
+        self._compute(1, greedy=True, short=False)
+
     def _compute(self, size: int, greedy: bool, short: bool) -> torch.Tensor:
         token_ids, rows = self._token_ids[:size], self._rows[:size]
         batch = Batch(

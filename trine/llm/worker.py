@@ -17,6 +17,7 @@ from trine.llm.request import TokenScores
 from trine.llm.sampling.logprobs import SampledLogprobs, prompt_logprobs
 from trine.llm.sampling.sampler import Sampler
 from trine.llm.scheduler import SchedulerLimits, Step
+from trine.llm.warmup import rehearse_sampling, rehearsed_batches
 
 if TYPE_CHECKING:
     from trine.llm.decode import DecodeSteps
@@ -67,6 +68,18 @@ class Worker:
         from trine.llm.decode import DecodeSteps
 
         return DecodeSteps(self.model, self.last_token, self._block_table, self.limits.block_size)
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Go through steps of every kind, for `trine.kernels.triton.launch.recording`: no sequence runs yet."""
+        assert self._decoder is not None
+        for token_ids, batch in rehearsed_batches(self.limits, self.device):
+            assert batch.output_rows is not None
+            hidden = self.model(token_ids, batch)
+            if len(hidden) > len(batch.output_rows):
+                hidden = hidden[batch.output_rows]
+            rehearse_sampling(self.sampler, self.model.compute_logits(hidden))
+        self._decoder.rehearse()
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:

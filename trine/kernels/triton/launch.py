@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,48 +34,56 @@ def launch(kernel: KernelInterface[Any], grid: tuple[int, ...], *args: Any, **op
 
 
 class Recorder:
-    """Compiles what it is told of, each variant once, on `threads` threads; most of a compilation holds no lock of
-    Python's.
-    """
+    """What launches would have had to compile: each variant of a kernel once."""
 
-    def __init__(self, device: torch.device, threads: int) -> None:
-        self._device = device
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="trine-compile")
-        self._variants: dict[tuple[Any, ...], Future[None]] = {}
+    def __init__(self) -> None:
+        self.variants: dict[tuple[Any, ...], _Launch] = {}
 
     def note(
         self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         variant = (kernel, *map(_kind, args), *options.items())
-        if variant not in self._variants:
-            self._variants[variant] = self._pool.submit(self._compile, kernel, grid, args, options)
+        if variant not in self.variants:
+            self.variants[variant] = kernel, grid, tuple(map(_stand_in, args)), options
 
-    def wait(self) -> int:
-        """Until everything noted is compiled and on the device; the number of variants. Raises what a compilation
-        raised.
+    def compile(self, device: torch.device, threads: int) -> int:
+        """Compile everything noted, in the order in which it was, by so many threads: most of a compilation holds no
+        lock of Python's. Returns the number of variants; raises what a compilation raised.
         """
-        for compiled in self._variants.values():
-            compiled.result()
-        self._pool.shutdown()
-        return len(self._variants)
 
-    def _compile(
-        self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        with torch.cuda.device(self._device):
-            compiled = kernel.warmup(*args, grid=grid, **options)
-            compiled._init_handles()  # what a first launch makes: the launcher, the code's place on the device
+        def compile_one(noted: _Launch) -> None:
+            kernel, grid, args, options = noted
+            with torch.cuda.device(device):
+                compiled = kernel.warmup(*args, grid=grid, **options)
+                compiled._init_handles()  # what a first launch makes: the launcher, the code's place on the device
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="trine-compile") as pool:
+            return len(list(pool.map(compile_one, self.variants.values())))
+
+
+_Launch = tuple[KernelInterface[Any], tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 
 def _kind(arg: Any) -> Any:
     """What of a run-time argument a kernel is compiled for, or more."""
     if isinstance(arg, torch.Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
+        return arg.dtype, _aligned(arg)
     if isinstance(arg, bool | float) or arg is None:
         return type(arg)
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, arg >= 2**31
     return _kind(arg.base), tuple(arg.block_shape)  # a descriptor of tiles
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
+
+
+def _stand_in(arg: Any) -> Any:
+    """The same to a compiler, without the memory: a tensor at address 0."""
+    if isinstance(arg, torch.Tensor):
+        return torch.empty_like(arg, device="meta") if _aligned(arg) else arg
+    return replace(arg, base=_stand_in(arg.base)) if hasattr(arg, "base") else arg
 
 
 @contextmanager
