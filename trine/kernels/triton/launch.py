@@ -7,6 +7,7 @@ one kernel after the other as they come.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from triton.runtime.jit import KernelInterface
+
+logger = logging.getLogger(__name__)
 
 
 class _Thread(threading.local):
@@ -48,17 +51,22 @@ class Recorder:
 
     def compile(self, device: torch.device, threads: int) -> int:
         """Compile everything noted, in the order in which it was, by so many threads: most of a compilation holds no
-        lock of Python's. Returns the number of variants; raises what a compilation raised.
+        lock of Python's. Returns how many variants are ready; of one that isn't, its first launch says why.
         """
 
-        def compile_one(noted: _Launch) -> None:
+        def compile_one(noted: _Launch) -> bool:
             kernel, grid, args, options = noted
-            with torch.cuda.device(device):
-                compiled = kernel.warmup(*args, grid=grid, **options)
-                compiled._init_handles()  # what a first launch makes: the launcher, the code's place on the device
+            try:
+                with torch.cuda.device(device):
+                    compiled = kernel.warmup(*args, grid=grid, **options)
+                    compiled._init_handles()  # the launcher, and the code's place on the device
+            except Exception:
+                logger.warning("a kernel could not be compiled ahead of its first launch", exc_info=True)
+                return False
+            return True
 
         with ThreadPoolExecutor(threads, thread_name_prefix="trine-compile") as pool:
-            return len(list(pool.map(compile_one, self.variants.values())))
+            return sum(pool.map(compile_one, self.variants.values()))
 
 
 _Launch = tuple[KernelInterface[Any], tuple[int, ...], tuple[Any, ...], dict[str, Any]]
