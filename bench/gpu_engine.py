@@ -16,19 +16,19 @@ import torch
 from gpu_report import Report
 
 from trine import LLM, SamplingParams
-from trine.llm.graphs import DecodeGraphs
+from trine.llm.graphs import StepGraphs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    kept = DecodeGraphs.can_run
-    DecodeGraphs.can_run = lambda self, num_rows: False  # type: ignore[method-assign]
+    kept = StepGraphs.size
+    StepGraphs.size = lambda *args, **options: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        DecodeGraphs.can_run = kept  # type: ignore[method-assign]
+        StepGraphs.size = kept  # type: ignore[method-assign]
 
 
 def small_checkpoints(folder: Path) -> Iterator[tuple[str, Path, Any]]:

@@ -1,43 +1,60 @@
-"""CUDA graphs of decode steps: the launches of a whole step, recorded once and replayed as one.
+"""CUDA graphs of small steps: the launches of a whole step, recorded once and replayed as one.
 
 A graph makes the step's inputs from what the rows of running sequences hold on the device, runs the model and, where
 every row is greedy, chooses the tokens; what changes from step to step comes in as one small copy. It has a fixed
-number of rows; a step is padded up to the next size with sequences of one token in cache block 0, which the engine
-keeps free for that. Lengths and block tables are read on the device, so one graph serves any lengths, but for a single
-sequence, whose attention has a kernel for short contexts. A size is captured after the step in which it first came up,
-whose kernels were launched one at a time, and the server is ready before any graph is.
+number of rows that decode and, where prompts may be among them, of tokens and sequences. A step is padded up to the
+next size: with decodes of one token and a prompt of what tokens are left, both in cache block 0, which the engine
+keeps free for that, and with sequences of no tokens. Lengths and block tables are read on the device, so one graph
+serves any lengths, but for a single sequence that decodes, whose attention has a kernel for short contexts. A size is
+captured after the step in which it first came up, whose kernels were launched one at a time, and the server is ready
+before any graph is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from trine.kernels.triton.sampling import choose_greedy
-from trine.kernels.triton.staging import FIELDS, HEADER, stage_decode
+from trine.kernels.triton.staging import FIELDS, HEADER, stage
 from trine.kernels.types import SHORT_CONTEXT
 from trine.llm.batch import Batch
 from trine.llm.models.base import CausalLM
 from trine.llm.sampling.upload import PinnedRing
 
 MAX_ROWS = 512
+DECODES = (1, 2, 4, 8, 16, 24, 32, 48, *range(64, MAX_ROWS + 1, 32))
+"""Rows of a step of decodes. Above 64 rows products take tiles of 64 or more, and attention of a padding row nothing:
+few sizes cost no time, and a batch that shrinks row by row finds them captured."""
+BESIDE_PROMPTS = (0, 8, 16, 32, 64, 128, 256, 512)
+"""Rows that decode in a step with prompts."""
+TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+"""Of a step with prompts. With more the GPU takes longer than single launches, and would for the padding."""
 
 
-def graph_sizes(max_rows: int) -> list[int]:
-    """Numbers of rows that graphs are captured for, ascending; the last one holds `max_rows`, or is MAX_ROWS.
+class Size(NamedTuple):
+    """A graph's: `decodes` rows, then prompts of all other tokens, if there are `tokens` at all."""
 
-    Above 64 rows products take tiles of 64 or more, and attention of a padding row nothing: few sizes cost no time, and
-    a batch that shrinks row by row finds them captured.
-    """
-    steps = [1, 2, 4, 8, 16, 24, 32, 48, 64, *range(96, MAX_ROWS + 1, 32)]
-    return [size for index, size in enumerate(steps) if index == 0 or steps[index - 1] < max_rows]
+    decodes: int
+    tokens: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """Beside the decodes place for eight, or for prompts of 32 tokens; the last one is what pads."""
+        return self.decodes + (max(self.tokens // 32, 8) if self.tokens else 0)
 
 
-class DecodeGraphs:
-    """Decode steps of a model, one new token a row. One instance a model and device.
+def graph_sizes(sizes: Sequence[int], most: int) -> list[int]:
+    """Those of the ascending `sizes` that steps of up to `most` can use."""
+    return [size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] < most]
 
-    No row may share a cache block that is written in the same step (`Batch.settled`).
+
+class StepGraphs:
+    """Small steps of a model. One instance a model and device.
 
     last_token [rows + 1] int64 and table [rows, columns] int32 are the rows' state: the tokens sampled last, and cache
     blocks. The last entry of `last_token` is nobody's.
@@ -45,76 +62,106 @@ class DecodeGraphs:
 
     def __init__(self, model: CausalLM, last_token: torch.Tensor, table: torch.Tensor, block_size: int) -> None:
         self.model = model
-        self.sizes = graph_sizes(table.shape[0])
+        max_rows, columns = table.shape
+        self.decodes = [Size(rows) for rows in graph_sizes(DECODES, max_rows)]
+        beside = graph_sizes(BESIDE_PROMPTS, max_rows)
+        self.with_prompts = [Size(rows, tokens) for tokens in TOKENS for rows in beside if rows < tokens]
         self._last_token = last_token
         self._table = table
         self._block_size = block_size
-        self._graphs: dict[
-            tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]
-        ] = {}  # size, greedy, short
-        self._pool = torch.cuda.graph_pool_handle()
-        device, rows = table.device, self.sizes[-1]
-        self._step = torch.zeros(HEADER + FIELDS * rows, dtype=torch.int32, device=device)
+        self._graphs: dict[tuple[Size, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        device, tokens = table.device, TOKENS[-1]
+        sequences = max(size.sequences for size in self.decodes + self.with_prompts)
+        self._step = torch.zeros(HEADER + FIELDS * sequences + tokens, dtype=torch.int32, device=device)
+        self._token_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._query_start = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+        self._seq_lens = torch.ones(sequences, dtype=torch.int32, device=device)
+        columns = max(columns, -(-tokens // block_size))  # a prompt of padding has as many
+        self._block_table = torch.zeros((sequences, columns), dtype=torch.int32, device=device)
+        self._rows = torch.zeros(sequences, dtype=torch.int64, device=device)
+        self._output_rows = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._on_host = PinnedRing(self._step.shape[0])
-        self._token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._rows = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._slots = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._seq_lens = torch.ones(rows, dtype=torch.int32, device=device)
-        self._block_table = torch.zeros((rows, table.shape[1]), dtype=torch.int32, device=device)
 
-    def can_run(self, num_rows: int) -> bool:
-        return 0 < num_rows <= self.sizes[-1]
+    def size(self, num_decodes: int, num_prompts: int, num_prompt_tokens: int, settled: bool) -> Size | None:
+        """The least that holds so many; None where no graph does.
 
-    def run(self, entries: npt.NDArray[np.int32], width: int, greedy: bool) -> torch.Tensor:
+        settled: no row shares a cache block that is written in the same step (`Batch.settled`).
+        """
+        if num_prompts == 0 and settled:
+            return next((size for size in self.decodes if size.decodes >= num_decodes > 0), None)
+        for size in self.with_prompts:
+            fits = size.decodes >= num_decodes and size.tokens - size.decodes >= num_prompt_tokens
+            if fits and size.sequences - size.decodes > num_prompts:
+                return size
+        return None
+
+    def run(
+        self,
+        size: Size,
+        header: Sequence[int],
+        entries: npt.NDArray[np.int32],
+        tokens: Sequence[int],
+        greedy: bool,
+    ) -> torch.Tensor:
         """The tokens [n] int64 that n rows choose, or if not `greedy` their hidden states [n, H].
 
-        entries [n, FIELDS]: see `stage_decode`; width: columns of the longest one's block table. A token is -1 where
-        logits are not finite. What is returned holds until the next run.
+        header, entries [n, FIELDS] and the prompts' tokens: see `stage`. A token is -1 where logits are not finite.
+        What is returned holds until the next run.
         """
-        num_rows = len(entries)
-        host = self._on_host.next()
-        host[0], host[1] = num_rows, width
-        host[HEADER : HEADER + entries.size] = entries.reshape(-1)
-        self._on_host.copy_to(self._step, HEADER + entries.size)
-        size = next(size for size in self.sizes if size >= num_rows)
-        key = (size, greedy, size == 1 and width * self._block_size <= SHORT_CONTEXT)
+        self._send(header, entries, tokens)
+        key = size, greedy, size == Size(1) and header[-1] * self._block_size <= SHORT_CONTEXT
         if key in self._graphs:
             graph, result = self._graphs[key]
             graph.replay()
-            return result[:num_rows]
-        result = self._compute(*key)
-        self._graphs[key] = self._capture(*key)
-        return result[:num_rows]
+        else:
+            result = self._compute(*key)
+            self._graphs[key] = self._capture(*key)
+        return result[: len(entries)]
 
     def rehearse(self) -> None:
-        """Compute a step of every size, for `trine.kernels.triton.launch.recording`."""
-        for size in self.sizes:
-            self._compute(size, greedy=True, short=size == 1)
-        self._compute(1, greedy=True, short=False)
+        """Compute a step of every kind, for `trine.kernels.triton.launch.recording`."""
+        for size in self.decodes + [size for size in self.with_prompts if not size.decodes]:
+            self._compute(size, greedy=True, short=size == Size(1))
+        self._compute(Size(1), greedy=True, short=False)
 
-    def _compute(self, size: int, greedy: bool, short: bool) -> torch.Tensor:
-        token_ids, rows = self._token_ids[:size], self._rows[:size]
-        batch = Batch(
-            positions=self._positions[:size],
-            slots=self._slots[:size],
-            query_start=self._query_start[: size + 1],
-            seq_lens=self._seq_lens[:size],
-            block_table=self._block_table[:size],
-            num_decodes=size,
-            max_query_len=1,
-            max_seq_len=SHORT_CONTEXT if short else self._table.shape[1] * self._block_size,
-            settled=True,
+    def _send(self, header: Sequence[int], entries: npt.NDArray[np.int32], tokens: Sequence[int]) -> None:
+        host, at = self._on_host.next(), HEADER + entries.size
+        host[:HEADER] = header
+        host[HEADER:at] = entries.reshape(-1)
+        host[at : at + len(tokens)] = tokens
+        self._on_host.copy_to(self._step, at + len(tokens))
+
+    def _compute(self, size: Size, greedy: bool, short: bool) -> torch.Tensor:
+        num_tokens, sequences = size.tokens or size.decodes, size.sequences
+        token_ids, rows, output_rows = (
+            self._token_ids[:num_tokens],
+            self._rows[:sequences],
+            self._output_rows[:sequences],
         )
-        stage_decode(self._step, self._last_token, self._table, self._block_size, token_ids, rows, batch)
+        batch = Batch(
+            positions=self._positions[:num_tokens],
+            slots=self._slots[:num_tokens],
+            query_start=self._query_start[: sequences + 1],
+            seq_lens=self._seq_lens[:sequences],
+            block_table=self._block_table[:sequences],
+            num_decodes=size.decodes,
+            max_query_len=max(num_tokens - size.decodes, 1),
+            max_seq_len=SHORT_CONTEXT if short else self._block_table.shape[1] * self._block_size,
+            settled=not size.tokens,
+        )
+        stage(self._step, self._last_token, self._table, self._block_size, token_ids, batch, rows, output_rows)
         hidden = self.model(token_ids, batch)
+        if size.tokens:
+            hidden = hidden[output_rows]
         return choose_greedy(self.model.compute_logits(hidden), rows, self._last_token) if greedy else hidden
 
-    def _capture(self, size: int, greedy: bool, short: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, size: Size, greedy: bool, short: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Record a step; nothing runs. It has run before, so that what it makes at first use is made."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        pool = next((other.pool() for other, _ in self._graphs.values()), None)  # for all, of which one runs at a time
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = self._compute(size, greedy, short)
         return graph, result

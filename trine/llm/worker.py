@@ -20,7 +20,7 @@ from trine.llm.scheduler import SchedulerLimits, Step
 from trine.llm.warmup import rehearse_sampling, rehearsed_batches
 
 if TYPE_CHECKING:
-    from trine.llm.decode import DecodeSteps
+    from trine.llm.small_steps import SmallSteps
 
 
 @dataclass(slots=True)
@@ -60,45 +60,43 @@ class Worker:
         self._hidden: torch.Tensor | None = None
         self._chosen: torch.Tensor | None = None
         self._ends: np.ndarray[Any, np.dtype[np.int32]] = np.zeros(0, dtype=np.int32)
-        self._decoder = self._graphs() if device.type == "cuda" else None
+        self._small_steps = self._graphs()
         self._cache = allocate_cache(model.cache_specs(), num_blocks, limits.block_size, device)
         model.bind_cache(self._cache)
 
-    def _graphs(self) -> DecodeSteps:
-        from trine.llm.decode import DecodeSteps
+    def _graphs(self) -> SmallSteps | None:
+        if self.device.type != "cuda":
+            return None
+        from trine.llm.small_steps import SmallSteps
 
-        return DecodeSteps(self.model, self.last_token, self._block_table, self.limits.block_size)
+        return SmallSteps(self.model, self.last_token, self._block_table, self.limits.block_size)
 
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Go through steps of every kind, for `trine.kernels.triton.launch.recording`: no sequence runs yet."""
-        assert self._decoder is not None
+        assert self._small_steps is not None
         for token_ids, batch in rehearsed_batches(self.limits, self.device):
             assert batch.output_rows is not None
             hidden = self.model(token_ids, batch)
             if len(hidden) > len(batch.output_rows):
                 hidden = hidden[batch.output_rows]
             rehearse_sampling(self.sampler, self.model.compute_logits(hidden))
-        self._decoder.rehearse()
+        self._small_steps.rehearse()
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:
         """Bring the rows up to date and run the model over the step's tokens."""
         self._update_rows(step)
         self._hidden = self._chosen = None
-        decoder = self._decoder
-        if decoder is not None and decoder.can_run(step):
-            greedy = self.sampler.is_plain(step.rows)
-            result = decoder.run(step, greedy)
-            if greedy:
-                self._chosen = result
-            else:
-                self._hidden = result
-            return
-        if decoder is not None:
-            decoder.missed(step)
-        token_ids, batch = self._gather(step)
-        self._hidden = self.model(token_ids, batch)
+        greedy = self.sampler.is_plain(step.rows)
+        result = None if self._small_steps is None else self._small_steps.run(step, greedy)
+        if result is None:
+            token_ids, batch = self._gather(step)
+            self._hidden = self.model(token_ids, batch)
+        elif greedy:
+            self._chosen = result
+        else:
+            self._hidden = result
 
     @torch.inference_mode()
     def sample(self, step: Step, bitmask: torch.Tensor | None = None) -> Callable[[], StepResult]:
