@@ -172,7 +172,8 @@ class Case:
             rank = torch.arange(len(numbers), device=DEVICE) - (counts.cumsum(0) - counts).repeat_interleave(counts)
             choices = torch.zeros((num_experts, self.rows), dtype=torch.int32, device=DEVICE)
             choices[chosen.view(-1)[numbers].long(), rank] = numbers.to(torch.int32)
-            found.append(Lists(counts.to(torch.int32), choices))
+            used = torch.full((1,), self.rows, dtype=torch.int32, device=DEVICE)
+            found.append(Lists(counts.to(torch.int32), choices, used))
         return found
 
     def time(self, launch: Callable[[int], object]) -> float:

@@ -153,6 +153,24 @@ def test_without_what_comes_before_and_after() -> None:
     assert_near(moe.mixture(None, AddNorm(residual, norm, 1e-6), case, None), y)
 
 
+@pytest.mark.parametrize(("rows", "num_used"), [(9, 5), (40, 17)])
+def test_padding_reads_no_experts(rows: int, num_used: int) -> None:
+    """Rows that pad a batch change no others, and choose nothing: their experts' weights would be read."""
+    case = mixture(rows, 64, 32, 12, 3, torch.float32)
+    x, residual, norm = random(rows, 64), random(rows, 64, seed=4), random(64, seed=5)
+    used = torch.tensor([num_used], dtype=torch.int32, device=x.device)
+    results = []
+    for own in (None, used):
+        summed = residual.clone()
+        results.append(moe.mixture(x, AddNorm(summed, norm, 1e-6), case, AddNorm(summed, norm, 1e-6), num_used=own))
+    assert torch.equal(results[0][:num_used], results[1][:num_used])
+    assert bool(results[1].isfinite().all())
+    lists = Lists.empty(rows, 12, x.device, used)
+    chosen = route(x, case.gate, 3, True, lists)[1]
+    assert lists.counts.tolist() == chosen[:num_used].view(-1).bincount(minlength=12).tolist()
+    lists.counts.zero_()
+
+
 def test_no_rows() -> None:
     case, empty = mixture(3, 64, 32, 4, 2, torch.float32), random(0, 64)
     before = AddNorm(empty, random(64), 1e-6)

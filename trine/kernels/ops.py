@@ -142,7 +142,14 @@ ADDED_ROWS = 512
 
 
 def linear_add(x: Rows, weight: Weight, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
-    """`linear(x, weight, bias)`, or None after adding it to `residual` [T, N] in place, where that saves a pass."""
+    """`linear(x, weight, bias)`, or parts [P, T, N] that add up to it, for a norm that adds it to `residual` [T, N]; or
+    None after adding it in place, where that saves a pass.
+    """
+    y = _linear_parts(x, weight, bias)
+    if y is None and bias is None:
+        y = _streamed_parts(x, weight)
+    if y is not None:
+        return y
     if (
         isinstance(weight, torch.Tensor)
         and isinstance(x, torch.Tensor)
@@ -233,11 +240,7 @@ def linear_add_norm(
     """Add `linear(x, weight, bias)` to `residual` [T, N] in place; the RMS norm of the sum with weight `norm` [N], in
     the form that the product with `reader` takes fastest, or a tensor without a reader.
     """
-    y = _linear_parts(x, weight, bias)
-    if y is None and bias is None:
-        y = _streamed_parts(x, weight)
-    if y is None:
-        y = linear_add(x, weight, bias, residual)
+    y = linear_add(x, weight, bias, residual)
     if reader is None:
         return rms_norm(residual, norm, eps) if y is None else add_rms_norm(y, residual, norm, eps)
     return rms_norm_for(reader, residual, norm, eps) if y is None else add_rms_norm_for(reader, y, residual, norm, eps)
@@ -277,11 +280,19 @@ def gelu(x: torch.Tensor, approximate: Literal["tanh", "none"]) -> torch.Tensor:
     return _of(x).gelu(x, approximate)
 
 
-def mixture(x: torch.Tensor | None, before: AddNorm, weights: Mixture, after: AddNorm, reader: Weight | None) -> Rows:
-    """`before` with x [T, H], or without an x the norm alone; of each token the chosen experts' gated MLPs, summed with
-    their weights; `after` with that, in the form that the product with `reader` takes fastest, or a tensor without one.
+def mixture(
+    x: torch.Tensor | None,
+    before: AddNorm,
+    weights: Mixture,
+    after: AddNorm,
+    reader: Weight | None,
+    num_used: torch.Tensor | None = None,
+) -> Rows:
+    """`before` with x [T, H] or what `linear_add` gave; of each token the chosen experts' gated MLPs, summed with their
+    weights; `after` with that, in the form that the product with `reader` takes fastest, or a tensor without one.
 
-    On a GPU weights are stacked. Elsewhere `linear` computes expert by expert.
+    Rows from the number in `num_used` [1] int32 on are padding, of which anything may become. On a GPU weights are
+    stacked. Elsewhere `linear` computes expert by expert.
     """
     residual, gate_up, down = before.residual, weights.gate_up, weights.down
     if isinstance(gate_up, Sequence) or isinstance(down, Sequence) or not residual.is_cuda or _reference_only:
@@ -294,7 +305,8 @@ def mixture(x: torch.Tensor | None, before: AddNorm, weights: Mixture, after: Ad
         y = reference.experts(y, *each, *choice, linear_silu_mul, linear)
         return add_rms_norm(y, after.residual, after.weight, after.eps)
     rounds = reader is not None and _rounds_for(reader, residual)
-    y = import_module("trine.kernels.triton.moe").mixture(x, before, weights, None if rounds else after)
+    own = None if rounds else after
+    y = import_module("trine.kernels.triton.moe").mixture(x, before, weights, own, num_used=num_used)
     return add_rms_norm_for(reader, y, after.residual, after.weight, after.eps) if reader is not None and rounds else y
 
 

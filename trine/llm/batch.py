@@ -26,6 +26,8 @@ class Batch:
     settled       whether all cache blocks but those of the tokens themselves were written by earlier forward passes, so
                   that they can be read before this one writes
     prefill_tiles what a kernel of the prompts' attention works out in the first layer, kept for the others
+    num_used      [1] int32, where tokens from that number on are padding, of which anything may become; complete before
+                  the step's first kernel starts
     """
 
     positions: torch.Tensor
@@ -39,6 +41,7 @@ class Batch:
     output_rows: torch.Tensor | None = None
     settled: bool = False
     prefill_tiles: torch.Tensor | None = None
+    num_used: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def _find_tile(counts_ptr, tile, num_experts, row_block: gl.constexpr, experts_b
     """See `moe_grouped._find_tile`."""
     layout: gl.constexpr = gl.BlockedLayout([experts_block // 32], [32], [gl.num_warps()], [0])
     experts = gl.arange(0, experts_block, layout)
-    counts = gl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
+    counts = gl.load(counts_ptr + experts, mask=experts < num_experts, other=0, cache_modifier=".cg")
     ends = gl.associative_scan((counts + row_block - 1) // row_block, 0, _add)
     behind = ends <= tile
     expert = gl.sum(behind.to(gl.int32), 0)
@@ -70,7 +70,11 @@ def _stream_kernel(
     silu: gl.constexpr, choices: gl.constexpr, row_block: gl.constexpr, n_block: gl.constexpr, k_block: gl.constexpr,
     stages: gl.constexpr, experts_block: gl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): columns block i of tile j, for choices lists[expert, first:]; see `stream_product`."""
+    """Program (i, j): columns block i of tile j, for choices lists[expert, first:]; see `stream_product`.
+
+    Gate and up's programs let those of down start when the router is done. So these know the lists, and ask for their
+    first weights while the last of the others run.
+    """
     parts: gl.constexpr = 2 if silu else 1
     warps: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, row_block, 16])
@@ -83,8 +87,9 @@ def _stream_kernel(
     for i in gl.static_range(stages):
         mbarrier.init(ready.index(i), count=1)
     column, steps = gl.program_id(0) * n_block, inputs // k_block
+    if silu:
+        gdc_wait()
     gdc_launch_dependents()
-    gdc_wait()
     expert, first, rows = _find_tile(counts_ptr, gl.program_id(1), num_experts, row_block, experts_block)
     if rows > 0:
         row = expert * parts * outputs + column
@@ -95,11 +100,14 @@ def _stream_kernel(
         own_ptr = lists_ptr + expert.to(gl.int64) * capacity + first
         x_rows = gl.arange(0, row_block, gl.SliceLayout(1, x_layout))
         y_rows = gl.arange(0, row_block, gl.SliceLayout(0, y_layout))
-        x_row = gl.load(own_ptr + x_rows, mask=x_rows < rows, other=0)  # past the last: any row, to be dropped
-        y_row = gl.load(own_ptr + y_rows, mask=y_rows < rows, other=0)
+        # past the last: any row, to be dropped
+        x_row = gl.load(own_ptr + x_rows, mask=x_rows < rows, other=0, cache_modifier=".cg")
+        y_row = gl.load(own_ptr + y_rows, mask=y_rows < rows, other=0, cache_modifier=".cg")
         ks = gl.arange(0, k_block, gl.SliceLayout(0, x_layout))
         x_tile_ptr = x_ptr + (x_row // choices).to(gl.int64)[:, None] * x_stride + ks[None, :]
         present = (x_rows < rows)[:, None]
+        if not silu:
+            gdc_wait()
         for i in gl.static_range(stages):
             _copy_rows(x_ring.index(i), x_tile_ptr + i * k_block, mask=present & (i < steps))
             async_copy.commit_group()

@@ -75,32 +75,40 @@ def _gather_kernel(
 
 @triton.jit
 def _combine_kernel(
-    x_ptr, places_ptr, weights_ptr, counts_ptr, residual_ptr, norm_ptr, y_ptr, residual_stride,
+    x_ptr, places_ptr, weights_ptr, counts_ptr, num_used_ptr, residual_ptr, norm_ptr, y_ptr, residual_stride,
     num_experts, hidden, eps,
     is_sorted: tl.constexpr, listed: tl.constexpr, add_norm: tl.constexpr, top_k: tl.constexpr, block: tl.constexpr,
     experts_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Program t: token t's choices, summed with their weights; with `add_norm` added to the residual stream and normed.
 
-    The first one sets `listed` counts back to zero.
+    The first one sets `listed` counts back to zero. With lists, gate and up's kernel lets the next one start when the
+    router is done: the residual stream is complete then. Rows of no list are padding, and their results zero.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < hidden
     if add_norm:
         norm = tl.load(norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        residual_row_ptr = residual_ptr + row * residual_stride + columns
+        if listed:
+            residual = tl.load(residual_row_ptr, mask=inside, other=0.0, cache_modifier=".cg")
+    computed = hidden
+    if listed:
+        computed = tl.where(row < tl.load(num_used_ptr), hidden, 0)
     wait_for_inputs(early)
     y = tl.zeros([block], tl.float32)
     for choice in tl.static_range(top_k):
         place = row * top_k + choice
         if is_sorted:
             place = tl.load(places_ptr + place).to(tl.int64)
-        x = tl.load(x_ptr + place * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + place * hidden + columns, mask=columns < computed, other=0.0).to(tl.float32)
         y += x * tl.load(weights_ptr + row * top_k + choice)
     y = y.to(y_ptr.dtype.element_ty)
     if add_norm:
-        residual_row_ptr = residual_ptr + row * residual_stride + columns
-        total = y.to(tl.float32) + tl.load(residual_row_ptr, mask=inside, other=0.0).to(tl.float32)
+        if not listed:
+            residual = tl.load(residual_row_ptr, mask=inside, other=0.0)
+        total = y.to(tl.float32) + residual.to(tl.float32)
         total = total.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row_ptr, total, mask=inside)
         x = total.to(tl.float32)
@@ -129,17 +137,17 @@ def gather_rows(x: torch.Tensor, groups: Groups, choices: int) -> torch.Tensor:
 def combine(x: torch.Tensor, how: Groups | Lists, weights: torch.Tensor, after: AddNorm | None = None) -> torch.Tensor:
     """Each token's results in x [P, H], summed with `weights` [T, K] in the order of its choices, then `after`: [T, H].
 
-    x is sorted as `how` says, or a row a choice; the lists' counts become zero.
+    x is sorted as `how` says, or a row a choice; the lists' counts become zero. What is in no list counts as zeros.
     """
     (num_rows, top_k), hidden = weights.shape, x.shape[1]
     y = torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
-    places, counts = (how.places, None) if isinstance(how, Groups) else (None, how.counts)
+    places, counts, num_used = (how.places, None, None) if isinstance(how, Groups) else (None, how.counts, how.num_used)
     residual, norm, eps = (after.residual, after.weight, after.eps) if after else (None, None, 0.0)
     block = next_power_of_2(hidden)
     num_experts = 0 if counts is None else counts.shape[0]
     launch(
         _combine_kernel, (num_rows,),
-        x, places, weights, counts, residual, norm, y, 0 if residual is None else residual.stride(0),
+        x, places, weights, counts, num_used, residual, norm, y, 0 if residual is None else residual.stride(0),
         num_experts, hidden, eps,
         is_sorted=places is not None, listed=counts is not None, add_norm=after is not None, top_k=top_k, block=block,
         experts_block=next_power_of_2(num_experts), num_warps=min(max(block // 512, 1), 16),
@@ -197,19 +205,26 @@ def _experts(
 
 
 def mixture(
-    x: torch.Tensor | None, before: AddNorm, weights: Mixture, after: AddNorm | None, plan: Plan | None = None
+    x: torch.Tensor | None,
+    before: AddNorm,
+    weights: Mixture,
+    after: AddNorm | None,
+    plan: Plan | None = None,
+    num_used: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`before` with x [T, H], or without an x the norm alone; of each token the chosen experts' gated MLPs, summed with
-    their weights; `after` with that, if there is one: [T, H].
+    """`before` with x [T, H] or parts of it, or without an x the norm alone; of each token the chosen experts' gated
+    MLPs, summed with their weights; `after` with that, if there is one: [T, H].
 
     Experts are stacked: tensors, or float8 with scales [E, 2I] and [E, H], while activations keep their precision. A
-    row's result does not depend on the rows beside it, except through the plan, which goes by their number.
+    row's result does not depend on the rows beside it, except through the plan, which goes by their number. Rows from
+    `num_used` [1] int32 on are padding: no expert is read for them.
     """
     num_rows = before.residual.shape[0]
     gate_up, gate_up_scales = _stacked(weights.gate_up)
     single = num_rows == 1 and plan is None
     plan = plan or plan_for(num_rows * weights.top_k, gate_up, before.residual.dtype)
-    lists = None if single or plan.resident else Lists.empty(num_rows, gate_up.shape[0], gate_up.device)
+    by_lists = not (single or plan.resident)
+    lists = Lists.empty(num_rows, gate_up.shape[0], gate_up.device, num_used) if by_lists else None
     norm = before.weight, before.eps
     y = rms_norm(before.residual, *norm) if x is None else add_rms_norm(x, before.residual, *norm)
     shares, chosen = route(y, weights.gate, weights.top_k, weights.normalize, lists)

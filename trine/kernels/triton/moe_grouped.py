@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, num_multiprocessors, wait_for_inputs
@@ -53,8 +54,15 @@ def _stream_kernel(
     column_block: tl.constexpr, k_block: tl.constexpr, even: tl.constexpr, experts_block: tl.constexpr,
     num_stages: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): columns block i of tile j. Choice c is computed from row c // choices of x to row c of y."""
-    wait_for_inputs(early)
+    """Program (i, j): columns block i of tile j. Choice c is computed from row c // choices of x to row c of y.
+
+    Of gate and up the next kernel may start only when the router is known to be done: see `_combine_kernel`.
+    """
+    if early & silu:
+        gdc_wait()
+        gdc_launch_dependents()
+    else:
+        wait_for_inputs(early)
     expert, first, count = _find_tile(counts_ptr, tl.program_id(1), num_experts, row_block, experts_block)
     if count <= 0:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -26,26 +27,30 @@ _PART = 256  # choices that a program places, where there are two
 
 @triton.jit
 def _choose(
-    logits, rows, present, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    logits, rows, present, num_used, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
     listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
 ):  # fmt: skip
     """Write the `top_k` largest of softmax(logits [R, E]) and their columns to rows `rows` of [T, top_k].
 
     Among equals the first wins: a row of NaNs, which count as zeros, chooses experts that exist. `listed`: each choice
-    goes to its expert's list too, at the end.
+    of the rows before `num_used` goes to its expert's list too, at the end.
+
+    Numbers that aren't negative are in the order of their bits: a warp finds the largest integer in one instruction.
     """
     p = tl.exp(logits - tl.max(logits, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
-    p = tl.where(p == p, p, 0.0)
+    bits = tl.where(p == p, p, 0.0).to(tl.int32, bitcast=True)
     experts = tl.arange(0, logits.shape[1])
     places = tl.arange(0, choices)
-    weights = tl.zeros([logits.shape[0], choices], tl.float32)
+    weights = tl.zeros([logits.shape[0], choices], tl.int32)
     chosen = tl.zeros([logits.shape[0], choices], tl.int32)
     for place in tl.static_range(top_k):
-        largest, expert = tl.max(p, 1, return_indices=True)
+        largest = tl.max(bits, 1)
+        expert = tl.min(tl.where(bits == largest[:, None], experts[None, :], logits.shape[1]), 1)
         weights = tl.where(places[None, :] == place, largest[:, None], weights)
         chosen = tl.where(places[None, :] == place, expert[:, None], chosen)
-        p = tl.where(experts[None, :] == expert[:, None], -1.0, p)
+        bits = tl.where(experts[None, :] == expert[:, None], -1, bits)
+    weights = weights.to(tl.float32, bitcast=True)
     if normalize:
         weights = weights / tl.sum(weights, 1)[:, None]
     offsets = rows[:, None] * top_k + places[None, :]
@@ -53,8 +58,9 @@ def _choose(
     tl.store(weights_ptr + offsets, weights, mask=mask)
     tl.store(chosen_ptr + offsets, chosen, mask=mask)
     if listed:
-        ranks = tl.atomic_add(counts_ptr + chosen, 1, mask=mask, sem="relaxed")
-        tl.store(lists_ptr + chosen.to(tl.int64) * capacity + ranks, offsets.to(tl.int32), mask=mask)
+        used = mask & (rows < num_used)[:, None]
+        ranks = tl.atomic_add(counts_ptr + chosen, 1, mask=used, sem="relaxed")
+        tl.store(lists_ptr + chosen.to(tl.int64) * capacity + ranks, offsets.to(tl.int32), mask=used)
 
 
 @triton.jit
@@ -66,7 +72,7 @@ def _is_last(arrivals_ptr):
 
 @triton.jit
 def _choose_whole(
-    rows, present, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    rows, present, num_used, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
     listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
     experts_block: tl.constexpr,
 ):  # fmt: skip
@@ -77,14 +83,14 @@ def _choose_whole(
     whole = tl.load(logits_ptr + at, mask=present[:, None] & in_row, other=0.0, cache_modifier=".cg")
     whole = tl.where(in_row, whole, -float("inf"))
     _choose(
-        whole, rows, present, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+        whole, rows, present, num_used, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
         listed, top_k, normalize, choices,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def _route_few_kernel(
-    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity, num_used_ptr,
     hidden, num_experts, x_stride,
     listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
     expert_block: tl.constexpr, experts_block: tl.constexpr, hidden_block: tl.constexpr, early: tl.constexpr,
@@ -97,6 +103,7 @@ def _route_few_kernel(
     gate = tl.load(
         gate_ptr + experts[:, None] * hidden + columns[None, :], mask=present[:, None] & inside[None, :], other=0.0
     )
+    num_used = tl.load(num_used_ptr) if listed else 0
     wait_for_inputs(early)
     row = tl.program_id(1)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -105,15 +112,15 @@ def _route_few_kernel(
     if _is_last(arrivals_ptr + row):
         rows = row + tl.arange(0, 1)
         _choose_whole(
-            rows, rows >= 0, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
-            listed, top_k, normalize, choices, experts_block,
+            rows, rows >= 0, num_used, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr,
+            capacity, listed, top_k, normalize, choices, experts_block,
         )  # fmt: skip
         tl.store(arrivals_ptr + row, 0)  # ready for the next launch
 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _route_some_kernel(
-    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+    x_ptr, gate_ptr, logits_ptr, arrivals_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity, num_used_ptr,
     num_rows, hidden, num_experts, x_stride,
     listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
     expert_block: tl.constexpr, experts_block: tl.constexpr, chunks: tl.constexpr, chunk: tl.constexpr,
@@ -129,6 +136,7 @@ def _route_some_kernel(
     gate_row_ptr = gate_ptr + experts[None, None, :] * hidden
     mask = (columns < hidden)[:, :, None] & served[None, None, :]
     gate = tl.load(gate_row_ptr + columns[:, :, None], mask=mask, other=0.0)
+    num_used = tl.load(num_used_ptr) if listed else 0
     wait_for_inputs(early)
     block = tl.program_id(1)
     rows = block * rows_block + tl.arange(0, rows_block)
@@ -147,7 +155,7 @@ def _route_some_kernel(
     tl.store(logits_ptr + own, logits, mask=present[:, None] & served[None, :])
     if _is_last(arrivals_ptr + block):
         _choose_whole(
-            rows, present, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+            rows, present, num_used, num_experts, logits_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
             listed, top_k, normalize, choices, experts_block,
         )  # fmt: skip
         tl.store(arrivals_ptr + block, 0)  # ready for the next launch
@@ -155,11 +163,13 @@ def _route_some_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _route_many_kernel(
-    x_ptr, gate_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity, num_rows, hidden, num_experts, x_stride,
+    x_ptr, gate_ptr, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity, num_used_ptr,
+    num_rows, hidden, num_experts, x_stride,
     listed: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr, choices: tl.constexpr,
     experts_block: tl.constexpr, hidden_block: tl.constexpr, rows_block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Program i: the experts of rows block i."""
+    num_used = tl.load(num_used_ptr) if listed else 0
     wait_for_inputs(early)
     rows = tl.program_id(0).to(tl.int64) * rows_block + tl.arange(0, rows_block)
     present = rows < num_rows
@@ -174,7 +184,7 @@ def _route_many_kernel(
         logits = tl.dot(x, gate, logits, input_precision="ieee")
     logits = tl.where((experts < num_experts)[None, :], logits, -float("inf"))
     _choose(
-        logits, rows, present, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
+        logits, rows, present, num_used, weights_ptr, chosen_ptr, counts_ptr, lists_ptr, capacity,
         listed, top_k, normalize, choices,
     )  # fmt: skip
 
@@ -185,23 +195,36 @@ def _zeros(device: torch.device, size: int, purpose: str) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
+@cache
+def _any_number(device: torch.device) -> torch.Tensor:
+    return torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
+
+
 @dataclass(frozen=True, slots=True)
 class Lists:
     """The choices of each expert: choices [E, T] int32 of numbers (choice i is of token i // K), in any order, of which
     the first counts [E] int32 exist. Counts are zero but between the router and the sum of the experts' results.
+
+    Tokens from num_used [1] int32 on are padding and in no list. Nothing writes to it while a step's kernels run.
     """
 
     counts: torch.Tensor
     choices: torch.Tensor
+    num_used: torch.Tensor
 
     @staticmethod
-    def empty(num_rows: int, num_experts: int, device: torch.device) -> Lists:
+    def empty(num_rows: int, num_experts: int, device: torch.device, num_used: torch.Tensor | None = None) -> Lists:
         choices = torch.empty((num_experts, num_rows), dtype=torch.int32, device=device)
-        return Lists(_zeros(device, num_experts, "counts"), choices)
+        used = _any_number(device) if num_used is None else num_used
+        return Lists(_zeros(device, num_experts, "counts"), choices, used)
 
 
 def route(
-    x: torch.Tensor, gate: torch.Tensor, top_k: int, normalize: bool, lists: Lists | None = None
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    lists: Lists | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [T, K] float32 and numbers [T, K] int32 of the experts that gate [E, H] chooses for each row of x [T, H].
 
@@ -221,7 +244,9 @@ def route(
     }
     if num_rows == 0:
         return weights, chosen
-    to_lists = (None, None, 0) if lists is None else (lists.counts, lists.choices, lists.choices.shape[1])
+    to_lists: tuple[Any, ...] = (None, None, 0, None)
+    if lists is not None:
+        to_lists = (lists.counts, lists.choices, lists.choices.shape[1], lists.num_used)
     logits = torch.empty((num_rows, num_experts), dtype=torch.float32, device=x.device)
     arrivals = _zeros(x.device, _FEW_ROWS, "arrivals")
     widest = next_power_of_2(hidden)

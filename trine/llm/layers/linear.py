@@ -128,7 +128,7 @@ class Linear(WeightedModule):
         return self.method.apply(x, self.weight, self.bias)
 
     def add(self, residual: torch.Tensor, x: Rows) -> torch.Tensor | None:
-        """The product of x [T, K]; or None after adding it to `residual` [T, N] in place, where that saves a pass."""
+        """The product of x [T, K] as `ops.linear_add` gives it, to be added to `residual` [T, N]."""
         return self.method.apply_add(x, self.weight, self.bias, residual)
 
     def add_norm(self, residual: torch.Tensor, x: Rows, norm: RMSNorm, reader: Weight | None) -> Rows:

@@ -160,12 +160,18 @@ class MixtureOfExperts(Layer):
         self.experts = Experts(hidden_size, config, dtype=dtype, method=method)
 
     def add_norm(
-        self, residual: torch.Tensor, x: torch.Tensor | None, own: RMSNorm, norm: RMSNorm, reader: Weight | None
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor | None,
+        own: RMSNorm,
+        norm: RMSNorm,
+        reader: Weight | None,
+        num_used: torch.Tensor | None,
     ) -> Rows:
-        """Add x [T, H], if there is one, to `residual` [T, H] in place, then the mixture of the sum's norm, `own`; the
-        norm of what the residual stream is then, as `reader` takes it.
+        """Add x, what `ops.linear_add` gave, to `residual` [T, H] in place, then the mixture of the sum's norm, `own`;
+        the norm of what the residual stream is then, as `reader` takes it. `num_used`: see `Batch`.
         """
         config = self.gate.config
         weights = Mixture(self.gate.weight, self.experts.gate_up, self.experts.down, config.top_k, config.normalize)
         before, after = (AddNorm(residual, one.weight, one.eps) for one in (own, norm))
-        return ops.mixture(x, before, weights, after, reader)
+        return ops.mixture(x, before, weights, after, reader, num_used)

@@ -64,13 +64,15 @@ class SelfAttention(Attention):
         )
 
     def add(self, residual: torch.Tensor, x: Rows, batch: Batch) -> torch.Tensor | None:
-        """What is to be added to the residual stream, or None where it has been."""
-        return self.o_proj.add(residual, self.attend(self.project(self.qkv_proj, x, batch), batch))
+        """What is to be added to the residual stream, maybe in parts, or None where it has been."""
+        return self.o_proj.add(residual, self._attended(x, batch))
 
     def add_norm(self, residual: torch.Tensor, x: Rows, batch: Batch, norm: RMSNorm, reader: Weight | None) -> Rows:
         """Add to the residual stream; the norm of the sum, as `reader` takes it."""
-        y = self.attend_for(self.o_proj.weight, self.project(self.qkv_proj, x, batch), batch)
-        return self.o_proj.add_norm(residual, y, norm, reader)
+        return self.o_proj.add_norm(residual, self._attended(x, batch), norm, reader)
+
+    def _attended(self, x: Rows, batch: Batch) -> Rows:
+        return self.attend_for(self.o_proj.weight, self.project(self.qkv_proj, x, batch), batch)
 
 
 class GatedMLP(Layer):
@@ -114,7 +116,7 @@ class DecoderLayer(Layer):
             x = self.self_attn.add_norm(residual, x, batch, own, self.mlp.gate_up_proj.weight)
             return self.mlp.add_norm(residual, x, norm, reader)
         assert isinstance(self.mlp, MixtureOfExperts)
-        return self.mlp.add_norm(residual, self.self_attn.add(residual, x, batch), own, norm, reader)
+        return self.mlp.add_norm(residual, self.self_attn.add(residual, x, batch), own, norm, reader, batch.num_used)
 
     def as_operation(self) -> types.DecoderLayer | None:
         """The same for a back end that runs a whole stack of layers at once; None for what no such back end knows."""

@@ -38,7 +38,7 @@ class LinearMethod:
     def apply_add(
         self, x: Rows, weight: Weight, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> torch.Tensor | None:
-        """`apply`; or None after adding it to `residual` [T, N] in place, where that saves a pass."""
+        """`apply` as `ops.linear_add` gives it, to be added to `residual` [T, N]."""
         return ops.linear_add(x, weight, bias, residual)
 
     def apply_add_norm(
