@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import torch
@@ -119,15 +120,23 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
 
 
 def _compile_kernels(worker: Worker, device: torch.device) -> None:
-    """Before the first request, by all processors at once; from the disk what was compiled before."""
+    """By all processors at once, or from the disk what was compiled before: what a lone sequence needs now, the rest
+    while the first requests are served.
+    """
     from trine.kernels.triton.launch import Recorder, recording
 
     started = time.perf_counter()
-    recorder = Recorder()
+    recorder = Recorder(device, available_cpus())
     with recording(recorder):
-        worker.rehearse()
-    count = recorder.compile(device, available_cpus())
-    logger.info("%d kernels ready after %.1f s", count, time.perf_counter() - started)
+        worker.rehearse(alone=True)
+    needed = recorder.start()
+    with recording(recorder):
+        worker.rehearse(alone=False)
+    others = recorder.start()
+    recorder.finish()
+    wait(needed)
+    seconds = time.perf_counter() - started
+    logger.info("%d kernels ready after %.1f s, %d more are compiled meanwhile", len(needed), seconds, len(others))
 
 
 def _context(options: EngineOptions, config: ModelConfig) -> int:

@@ -120,11 +120,15 @@ class StepGraphs:
             self._graphs[key] = self._capture(*key)
         return result[: len(entries)]
 
-    def rehearse(self) -> None:
-        """Compute a step of every kind, for `trine.kernels.triton.launch.recording`."""
-        for size in self.decodes + [size for size in self.with_prompts if not size.decodes]:
-            self._compute(size, greedy=True, short=size == Size(1))
-        self._compute(Size(1), greedy=True, short=False)
+    def rehearse(self, alone: bool) -> None:
+        """Compute steps of every kind, those of one sequence or all others: see `Worker.rehearse`."""
+        if alone:
+            for size in [size for size in self.with_prompts if not size.decodes]:
+                self._compute(size, greedy=True, short=False)
+            self._compute(Size(1), greedy=True, short=True)
+        else:
+            for size in self.decodes:
+                self._compute(size, greedy=True, short=False)
 
     def _send(self, header: Sequence[int], entries: npt.NDArray[np.int32], tokens: Sequence[int]) -> None:
         host, at = self._on_host.next(), HEADER + entries.size

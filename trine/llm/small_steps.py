@@ -31,8 +31,9 @@ class SmallSteps:
         self._table = torch.zeros(host_table.shape, dtype=torch.int32, device=last_token.device)
         self._graphs = StepGraphs(model, last_token, self._table, block_size)
 
-    def rehearse(self) -> None:
-        self._graphs.rehearse()
+    def rehearse(self, alone: bool) -> None:
+        """See `Worker.rehearse`."""
+        self._graphs.rehearse(alone)
 
     def run(self, step: Step, greedy: bool) -> torch.Tensor | None:
         """See `StepGraphs.run`; without waiting for the device. None for a step that is run elsewhere."""

@@ -72,16 +72,18 @@ class Worker:
         return SmallSteps(self.model, self.last_token, self._block_table, self.limits.block_size)
 
     @torch.inference_mode()
-    def rehearse(self) -> None:
-        """Go through steps of every kind, for `trine.kernels.triton.launch.recording`: no sequence runs yet."""
+    def rehearse(self, alone: bool) -> None:
+        """Go through steps of every kind, those of a sequence `alone` or all others, for
+        `trine.kernels.triton.launch.recording`: no sequence runs yet.
+        """
         assert self._small_steps is not None
-        for token_ids, batch in rehearsed_batches(self.limits, self.device):
+        for token_ids, batch in rehearsed_batches(self.limits, self.device, alone):
             assert batch.output_rows is not None
             hidden = self.model(token_ids, batch)
             if len(hidden) > len(batch.output_rows):
                 hidden = hidden[batch.output_rows]
             rehearse_sampling(self.sampler, self.model.compute_logits(hidden))
-        self._small_steps.rehearse()
+        self._small_steps.rehearse(alone)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -37,10 +37,15 @@ def launch(kernel: KernelInterface[Any], grid: tuple[int, ...], *args: Any, **op
 
 
 class Recorder:
-    """What launches would have had to compile: each variant of a kernel once."""
+    """What launches would have had to compile, each variant of a kernel once; compiles it by so many threads: most of a
+    compilation holds no lock of Python's.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, threads: int) -> None:
         self.variants: dict[tuple[Any, ...], _Launch] = {}
+        self._started = 0
+        self._device = device
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="trine-compile")
 
     def note(
         self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
@@ -49,24 +54,25 @@ class Recorder:
         if variant not in self.variants:
             self.variants[variant] = kernel, grid, tuple(map(_stand_in, args)), options
 
-    def compile(self, device: torch.device, threads: int) -> int:
-        """Compile everything noted, in the order in which it was, by so many threads: most of a compilation holds no
-        lock of Python's. Returns how many variants are ready; of one that isn't, its first launch says why.
-        """
+    def start(self) -> list[Future[None]]:
+        """Compile what was noted since the last start, in that order and behind what has been started."""
+        new = list(self.variants.values())[self._started :]
+        self._started += len(new)
+        return [self._pool.submit(self._compile, *noted) for noted in new]
 
-        def compile_one(noted: _Launch) -> bool:
-            kernel, grid, args, options = noted
-            try:
-                with torch.cuda.device(device):
-                    compiled = kernel.warmup(*args, grid=grid, **options)
-                    compiled._init_handles()  # the launcher, and the code's place on the device
-            except Exception:
-                logger.warning("a kernel could not be compiled ahead of its first launch", exc_info=True)
-                return False
-            return True
+    def finish(self) -> None:
+        """No more will be noted; what was started goes on."""
+        self._pool.shutdown(wait=False)
 
-        with ThreadPoolExecutor(threads, thread_name_prefix="trine-compile") as pool:
-            return sum(pool.map(compile_one, self.variants.values()))
+    def _compile(
+        self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        try:
+            with torch.cuda.device(self._device):
+                compiled = kernel.warmup(*args, grid=grid, **options)
+                compiled._init_handles()  # the launcher, and the code's place on the device
+        except Exception:  # its first launch, if there is one, says it again
+            logger.warning("a kernel could not be compiled ahead of its first launch", exc_info=True)
 
 
 _Launch = tuple[KernelInterface[Any], tuple[int, ...], tuple[Any, ...], dict[str, Any]]
