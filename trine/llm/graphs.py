@@ -154,6 +154,7 @@ class StepGraphs:
             max_query_len=max(num_tokens - size.decodes, 1),
             max_seq_len=SHORT_CONTEXT if short else self._block_table.shape[1] * self._block_size,
             settled=not size.tokens,
+            num_used=None if size.tokens else self._step[:1],
         )
         stage(self._step, self._last_token, self._table, self._block_size, token_ids, batch, rows, output_rows)
         hidden = self.model(token_ids, batch)
