@@ -40,8 +40,12 @@ def run(
 ) -> tuple[list[int], list[int], list[int]]:
     """Token ids, rows and output rows of the staged step."""
     width = max(-(-length // BLOCK_SIZE) for _, length, _, _ in entries)
-    numbers = [num_decodes, len(entries) - num_decodes, len(tokens), width]
-    numbers += [number for entry in entries for number in entry] + tokens + [9, 9, 9, 9]
+    numbers = [num_decodes, len(entries) - num_decodes, len(tokens), width, 9]
+    numbers += [number for entry in entries for number in entry] + tokens
+    for row, *_ in entries[num_decodes:]:
+        numbers += table[row, :width].tolist()
+        table[row] = 0  # as for a row that has just changed hands
+    numbers += [9, 9, 9, 9]
     last_token = torch.arange(100, 100 + ROWS + 1, device=DEVICE)
     sequences = len(batch.seq_lens)
     outs = [torch.full((n,), -1, device=DEVICE) for n in (len(batch.positions), sequences, sequences)]
@@ -88,7 +92,9 @@ def test_prompts_follow_the_decodes_and_the_last_sequence_takes_what_is_left(tab
     batch, table = empty_batch(2, 30, 6), table.to(DEVICE)
     token_ids, rows, output_rows = run(batch, table, entries, 1, [11, 12, 13, 14, 15, 21, 22])
 
-    assert torch.equal(table.cpu(), before)
+    after = before.clone()
+    after[[1, 6], 3:] = 0
+    assert torch.equal(table.cpu(), after)
     assert token_ids == [105, 0, 11, 12, 13, 14, 15, 21, 22, *[0] * 21]
     assert rows == [5, 1, 6, ROWS, ROWS, ROWS]
     assert output_rows[:3] == [0, 6, 8]

@@ -40,8 +40,8 @@ class PlainRing:
 class Recorder(StepGraphs):
     """Graphs that only remember what they were given."""
 
-    def run(self, size, header, entries, tokens, greedy):  # type: ignore[no-untyped-def]
-        self.size_run, self.header, self.entries, self.tokens = size, list(header), entries.tolist(), list(tokens)
+    def run(self, size, header, entries, prompts, greedy):  # type: ignore[no-untyped-def]
+        self.size_run, self.header, self.entries, self.prompts = size, list(header), entries.tolist(), prompts.tolist()
         for row, length, _, block in self.entries:  # as the kernel does
             if block:
                 self._table[row, (length - 1) // 16] = block
@@ -78,7 +78,7 @@ def test_a_new_block_travels_with_its_entry_and_a_prompts_blocks_before(
     assert steps.run(missed, greedy=True) is None
     steps.run(plan(host_table, [3], [31], []), greedy=True)
     assert recorder.entries == [[3, 32, -1, 0]]
-    assert recorder.header == [1, 0, 0, 2]
+    assert recorder.header == [1, 0, 0, 2, 1]
     assert recorder._table[3, :2].tolist() == [11, 12]
     steps.run(plan(host_table, [3, 5], [32, 16], [NewBlocks(3, 2, [14]), NewBlocks(5, 1, [15])]), greedy=True)
     assert recorder.entries == [[3, 33, -1, 14], [5, 17, -1, 0]]  # row 5's blocks were still to come: all at once
@@ -107,11 +107,10 @@ def test_prompts_follow_with_their_tokens(steps: SmallSteps, host_table: np.ndar
     steps.run(step, greedy=True)
     recorder = steps._graphs
     assert recorder.size_run == Size(8, 32)
-    assert recorder.header == [1, 2, 23, 3]
+    assert recorder.header == [1, 2, 23, 3, 8 + 23]
     assert recorder.entries == [[0, 33, -1, 21], [1, 19, 0, 0], [4, 20, 3, 0]]
-    assert recorder.tokens == [7, 8, 9, *range(20)]
-    assert recorder._table[1, 1] == 22
-    assert recorder._table[4, :2].tolist() == [23, 24]
+    assert recorder.prompts == [7, 8, 9, *range(20), *[0, 22, 0], *[23, 24, 0]]
+    assert not steps._stale
 
 
 def test_which_steps_are_for_graphs(steps: SmallSteps, host_table: np.ndarray) -> None:

@@ -30,9 +30,9 @@ MAX_ROWS = 512
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, *range(64, MAX_ROWS + 1, 32))
 """Rows of a step of decodes. Above 64 rows products take tiles of 64 or more, and attention of a padding row nothing:
 few sizes cost no time, and a batch that shrinks row by row finds them captured."""
-BESIDE_PROMPTS = (0, 8, 16, 32, 64, 128, 256, 512)
+BESIDE_PROMPTS = (0, 8, 32, 64, 128, 256, 512)
 """Rows that decode in a step with prompts."""
-TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+TOKENS = (32, 64, 128, 256, 384, 512, 768, 1024)
 """Of a step with prompts. With more the GPU takes longer than single launches, and would for the padding."""
 
 
@@ -72,13 +72,15 @@ class StepGraphs:
         self._graphs: dict[tuple[Size, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         device, tokens = table.device, TOKENS[-1]
         sequences = max(size.sequences for size in self.decodes + self.with_prompts)
-        self._step = torch.zeros(HEADER + FIELDS * sequences + tokens, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._slots = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._query_start = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.ones(sequences, dtype=torch.int32, device=device)
         columns = max(columns, -(-tokens // block_size))  # a prompt of padding has as many
+        prompts = max(size.sequences - size.decodes for size in self.with_prompts)
+        numbers = HEADER + FIELDS * sequences + tokens + prompts * columns
+        self._step = torch.zeros(numbers, dtype=torch.int32, device=device)
         self._block_table = torch.zeros((sequences, columns), dtype=torch.int32, device=device)
         self._rows = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._output_rows = torch.zeros(sequences, dtype=torch.int64, device=device)
@@ -102,16 +104,16 @@ class StepGraphs:
         size: Size,
         header: Sequence[int],
         entries: npt.NDArray[np.int32],
-        tokens: Sequence[int],
+        prompts: npt.NDArray[np.int32],
         greedy: bool,
     ) -> torch.Tensor:
         """The tokens [n] int64 that n rows choose, or if not `greedy` their hidden states [n, H].
 
-        header, entries [n, FIELDS] and the prompts' tokens: see `stage`. A token is -1 where logits are not finite.
-        What is returned holds until the next run.
+        header, entries [n, FIELDS], the prompts' tokens and block tables: see `stage`. A token is -1 where logits are
+        not finite. What is returned holds until the next run.
         """
-        self._send(header, entries, tokens)
-        key = size, greedy, size == Size(1) and header[-1] * self._block_size <= SHORT_CONTEXT
+        self._send(header, entries, prompts)
+        key = size, greedy, size == Size(1) and header[3] * self._block_size <= SHORT_CONTEXT
         if key in self._graphs:
             graph, result = self._graphs[key]
             graph.replay()
@@ -130,12 +132,12 @@ class StepGraphs:
             for size in self.decodes:
                 self._compute(size, greedy=True, short=False)
 
-    def _send(self, header: Sequence[int], entries: npt.NDArray[np.int32], tokens: Sequence[int]) -> None:
+    def _send(self, header: Sequence[int], entries: npt.NDArray[np.int32], prompts: npt.NDArray[np.int32]) -> None:
         host, at = self._on_host.next(), HEADER + entries.size
         host[:HEADER] = header
         host[HEADER:at] = entries.reshape(-1)
-        host[at : at + len(tokens)] = tokens
-        self._on_host.copy_to(self._step, at + len(tokens))
+        host[at : at + prompts.size] = prompts
+        self._on_host.copy_to(self._step, at + prompts.size)
 
     def _compute(self, size: Size, greedy: bool, short: bool) -> torch.Tensor:
         num_tokens, sequences = size.tokens or size.decodes, size.sequences
@@ -154,7 +156,7 @@ class StepGraphs:
             max_query_len=max(num_tokens - size.decodes, 1),
             max_seq_len=SHORT_CONTEXT if short else self._block_table.shape[1] * self._block_size,
             settled=not size.tokens,
-            num_used=None if size.tokens else self._step[:1],
+            num_used=self._step[HEADER - 1 : HEADER],
         )
         stage(self._step, self._last_token, self._table, self._block_size, token_ids, batch, rows, output_rows)
         hidden = self.model(token_ids, batch)

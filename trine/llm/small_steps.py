@@ -54,8 +54,12 @@ class SmallSteps:
         if step.new_blocks or self._stale:
             self._bring_news(step, entries, width)
         known = list(chain.from_iterable(tokens or () for tokens in step.tokens[decodes:]))
-        header = decodes, len(entries) - decodes, len(known), width
-        return self._graphs.run(size, header, entries, known, greedy)
+        prompts = np.concatenate(
+            (np.array(known, dtype=np.int32), self._host_table[step.rows[decodes:], :width].ravel())
+        )
+        num_used = size.decodes + len(known) if size.tokens else decodes
+        header = decodes, len(entries) - decodes, len(known), width, num_used
+        return self._graphs.run(size, header, entries, prompts, greedy)
 
     def _size(self, step: Step) -> Size | None:
         """The graph for a step after each of whose entries a token is sampled.
@@ -68,16 +72,19 @@ class SmallSteps:
         return self._graphs.size(step.num_decodes, len(prompts), sum(prompts), settled=not step.new_rows)
 
     def _bring_news(self, step: Step, entries: np.ndarray[Any, np.dtype[np.int32]], width: int) -> None:
-        """A row whose one new block is for this very token gets it with its entry, others their whole table."""
-        entry_of_row = {row: entry for entry, row in enumerate(step.rows)}
+        """A decode whose one new block is for this very token gets it with its entry, others their whole table; prompts
+        bring theirs.
+        """
+        entry_of_row = {row: entry for entry, row in enumerate(step.rows[: step.num_decodes])}
         for row, start, block_ids in step.new_blocks:
-            entry = entry_of_row.get(row, step.num_decodes)
-            if entry >= step.num_decodes or row in self._stale or len(block_ids) > 1:
+            entry = entry_of_row.get(row)
+            if entry is None or row in self._stale or len(block_ids) > 1:
                 self._stale.add(row)
             elif start == step.starts[entry] // self._block_size > 0:
                 entries[entry, 3] = block_ids[0]
             else:
                 self._stale.add(row)
+        self._stale.difference_update(step.rows[step.num_decodes :])
         stale = [row for row in self._stale if row in entry_of_row]
         if stale:
             index = upload(stale, self._table.device)

@@ -11,19 +11,12 @@ from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
 _BLOCK = 1024
-HEADER = 4  # numbers before the entries: of decodes, of prompts, of prompt tokens, of columns of their block tables
+HEADER = 5
+"""Numbers before the entries: of decodes, of prompts, of prompt tokens, of columns of their block tables, and of tokens
+up to those that pad at the end, which these kernels don't read."""
 FIELDS = 4
 """Numbers of an entry: row, length with the new tokens; of a decode the token or -1 for the row's last one, new block
 or 0; of a prompt where its tokens begin among the prompts' tokens, 0."""
-
-
-@triton.jit
-def _copy_blocks(table_row_ptr, own_width, to_ptr, width, newest, own, block: tl.constexpr):
-    """A sequence's block table [width]: `own_width` columns of a row's with `own` in column `newest`, then block 0."""
-    for start in range(0, width, block):
-        columns = start + tl.arange(0, block)
-        blocks = tl.load(table_row_ptr + columns, mask=columns < own_width, other=0)
-        tl.store(to_ptr + columns, tl.where(columns == newest, own, blocks), mask=columns < width)
 
 
 @triton.jit
@@ -38,6 +31,7 @@ def _stage_decodes_kernel(
     entry = tl.program_id(0).to(tl.int64)
     used = entry < tl.load(step_ptr)
     own_width = tl.where(used, tl.load(step_ptr + 3), 0)
+    width = tl.maximum(own_width, 1)
     entry_ptr = step_ptr + header + entry * fields
     row = tl.load(entry_ptr, mask=used, other=0).to(tl.int64)
     length = tl.load(entry_ptr + 1, mask=used, other=1)
@@ -57,9 +51,11 @@ def _stage_decodes_kernel(
     place = tl.where(used, entry, entry + tl.load(step_ptr + 1))  # prompts come first
     tl.store(to_rows_ptr + place, tl.where(used, row, spare_row))
     tl.store(to_outputs_ptr + place, entry)
-    _copy_blocks(
-        table_row_ptr, own_width, to_table_ptr + entry * to_stride, tl.maximum(own_width, 1), newest, own, block
-    )
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        inside = columns < width
+        blocks = tl.load(table_row_ptr + columns, mask=columns < own_width, other=0)
+        tl.store(to_table_ptr + entry * to_stride + columns, tl.where(columns == newest, own, blocks), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_tokens"])
@@ -74,7 +70,7 @@ def _stage_prompts_kernel(
     prompt = tl.program_id(0).to(tl.int64)
     sequence = num_decodes + prompt
     decodes, prompts = tl.load(step_ptr), tl.load(step_ptr + 1)
-    prompt_tokens = tl.load(step_ptr + 2)
+    prompt_tokens, table_width = tl.load(step_ptr + 2), tl.load(step_ptr + 3)
     used = prompt < prompts
     entry = decodes + prompt
     entry_ptr = step_ptr + header + entry * fields
@@ -93,23 +89,28 @@ def _stage_prompts_kernel(
     place = tl.where(used, entry, sequence)
     tl.store(to_rows_ptr + place, tl.where(used, row, spare_row))
     tl.store(to_outputs_ptr + place, tl.where(used, num_decodes + end - 1, 0).to(tl.int64))
-    table_row_ptr = table_ptr + row * table_stride
-    tokens_ptr = step_ptr + header + (decodes + prompts) * fields + begin
+    tokens_ptr = step_ptr + header + (decodes + prompts) * fields
+    blocks_ptr = tokens_ptr + prompt_tokens + prompt * table_width
+    tokens_ptr += begin
     first = num_decodes + begin
     for start in range(0, count, block):
         token = start + tl.arange(0, block)
         inside = token < count
         own = token < own_count
         position = tl.where(used, length - count + token, 0)
-        blocks = tl.load(table_row_ptr + position // block_size, mask=own, other=0).to(tl.int64)
+        blocks = tl.load(blocks_ptr + position // block_size, mask=own, other=0).to(tl.int64)
         token_ids = tl.load(tokens_ptr + token, mask=own, other=0).to(tl.int64)
         tl.store(to_token_ids_ptr + first + token, token_ids, mask=inside)
         tl.store(to_positions_ptr + first + token, position.to(tl.int64), mask=inside)
         offset = tl.where(used, position, token) % block_size
         tl.store(to_slots_ptr + first + token, blocks * block_size + offset, mask=inside)
-    own_width = tl.where(used, tl.load(step_ptr + 3), 0)
-    width = tl.where(used, own_width, tl.cdiv(count, block_size))
-    _copy_blocks(table_row_ptr, own_width, to_table_ptr + sequence * to_stride, width, -1, 0, block)
+    own_width = tl.where(used, table_width, 0)
+    width = tl.where(used, table_width, tl.cdiv(count, block_size))
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        blocks = tl.load(blocks_ptr + columns, mask=columns < own_width, other=0)
+        tl.store(table_ptr + row * table_stride + columns, blocks, mask=columns < own_width)
+        tl.store(to_table_ptr + sequence * to_stride + columns, blocks, mask=columns < width)
 
 
 def stage(
@@ -124,12 +125,12 @@ def stage(
 ) -> None:
     """Write the step that `step` describes into token_ids [T] int64 and the batch of T tokens of S sequences.
 
-    step int32: HEADER numbers, FIELDS for each entry, decodes first, the prompts' tokens. There are at most
-    `batch.num_decodes` decodes and fewer prompts than sequences behind them, if there are any; or none of either.
-    last_token [R + 1] int64 and table [R, columns] int32 belong to the rows of running sequences; an entry's new block
-    goes into the table too. Decodes past those in `step` become sequences of one token in block 0, which belongs to no
-    one; tokens past the prompts' one sequence in that block, the last; the others have no tokens. Block tables keep
-    what is right of the columns in use.
+    step int32: HEADER numbers, FIELDS for each entry, decodes first, the prompts' tokens, their block tables. There are
+    at most `batch.num_decodes` decodes and fewer prompts than sequences behind them, if there are any; or none of
+    either. last_token [R + 1] int64 and table [R, columns] int32 belong to the rows of running sequences; a decode's
+    new block goes into the table too, and what comes for prompts. Decodes past those in `step` become sequences of one
+    token in block 0, which belongs to no one; tokens past the prompts' one sequence in that block, the last; the others
+    have no tokens. Block tables keep what is right of the columns in use.
 
     rows and output_rows [S] int64: each entry's row and last token, in their order, then row R, which nobody has.
     """
