@@ -36,7 +36,9 @@ from trine.llm.scheduler import Step
 from trine.llm.worker import Worker
 
 LENGTHS = (32, 64, 128, 256, 512, 1000)
-TOLERANCE = 3e-2  # of ‖graph − launched‖ / ‖launched‖ of a row: bfloat16 through all layers, products of other tiles
+TOLERANCE = 0.2
+"""Of ‖graph − launched‖ / ‖launched‖ of a row. With padding products take other tiles: float8 rounds by a sixteenth,
+and another expert is chosen where two tie. What reads a wrong token or block is off by about 1."""
 
 
 class Engine:
@@ -170,6 +172,11 @@ def serve(engine: Engine, rate: float, seconds: float) -> str:
     )
 
 
+def free_bytes() -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="?", default="Llama-3.1-8B", choices=SHAPES)
@@ -187,6 +194,7 @@ def main() -> int:
         options = {"quantization": args.quantization, "cache_dtype": args.cache_dtype, "max_model_len": 8192}
         with LLM(folder, load_format="dummy", cache_bytes=16 << 30, **options) as llm:
             engine = Engine(llm)
+            free = free_bytes()
             if "check" in parts:
                 right = check(engine)
             if "first" in parts:
@@ -197,6 +205,7 @@ def main() -> int:
                     with how():
                         line = serve(engine, args.rate, args.seconds)
                     print(f"load, {'launched' if how is prompts_launched else 'graphs'}: {line}", flush=True)
+            print(f"graphs and what else stayed: {(free - free_bytes()) >> 20} MiB")
     return 0 if right else 1
 
 
