@@ -59,6 +59,13 @@ def test_compiles(
     check_compiles("trine.kernels.triton.hopper_decode", "_hopper_decode_kernel", constants, types)
 
 
+@pytest.mark.parametrize(("units", "filled"), [(140, False), (256, True), (512, False), (1024, True), (1700, True)])
+def test_last_round_of_programs_is_nearly_full(units: int, filled: bool) -> None:
+    from trine.kernels.triton.hopper_decode import fills
+
+    assert fills(units, 132) == filled
+
+
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("block_size", [16, 64, 128])

@@ -32,14 +32,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trine.kernels.triton.decode_attention import LOG2_E
 from trine.kernels.triton.descriptors import tiles_of
-from trine.kernels.triton.device import num_multiprocessors
+from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier
 from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
 MAX_GROUP = 16  # heads of a group, the least that a product's second operand is padded to
 MAX_RUNS = 16
-MANY = 12  # units a multiprocessor, from which on three programs share one
+MANY = 12  # units a multiprocessor, from which on rounds of three for each are full enough
+FULL = 0.85  # else the share of the last round's places that are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,12 @@ def tiling(units: int, multiprocessors: int) -> Tiling:
     if units <= multiprocessors:
         return Tiling(128, 3, min(multiprocessors // units, MAX_RUNS))
     return Tiling(64, 2, 1)
+
+
+def fills(units: int, multiprocessors: int) -> bool:
+    """Whether more units than multiprocessors, two or three for each at a time, leave few idle in the last round."""
+    at_once = multiprocessors * (2 if units <= 2 * multiprocessors else 3)
+    return units >= MANY * multiprocessors or units >= FULL * at_once * cdiv(units, at_once)
 
 
 @gluon.jit
@@ -283,12 +290,12 @@ def _scratch(device: torch.device, group: int, head_dim: int) -> tuple[torch.Ten
 
 
 def supports(q: torch.Tensor, k_cache: torch.Tensor, num_sequences: int) -> bool:
-    """Whether this kernel can run and is the faster one: bfloat16, heads of 64 or 128, a multiprocessor a unit or many
-    units for each (in between long contexts are: the portable kernel has four programs there).
+    """Whether this kernel can run and is the faster one: bfloat16, heads of 64 or 128, a multiprocessor a unit or units
+    that fill them all (else the portable kernel spreads long contexts better).
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     units, multiprocessors = num_sequences * num_kv_heads, num_multiprocessors(q.device)
-    many = units >= MANY * multiprocessors and head_dim == 128 and block_size <= 64
+    many = fills(units, multiprocessors) and head_dim == 128 and block_size <= 64
     return (
         q.dtype == k_cache.dtype == torch.bfloat16
         and head_dim in (64, 128)
