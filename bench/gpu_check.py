@@ -31,8 +31,10 @@ import gpu_engine
 import torch
 from gpu_report import Report
 
-from trine.kernels import ops, reference
+from trine.kernels import fp8, ops, reference
 from trine.kernels import triton as kernels
+from trine.kernels.fp8 import Fp8Weight, RowToNorm
+from trine.kernels.triton import fp8 as gpu_fp8
 from trine.kernels.triton import sampling
 from trine.kernels.triton.decode_attention import DecodeTuning, decode_attention
 from trine.kernels.triton.prefill_attention import PrefillTuning, prefill_attention
@@ -138,6 +140,7 @@ def check_elementwise(chooser: random.Random, dtype: torch.dtype) -> Iterator[Ch
     yield compare("small_gated_linear", small_gated_linear(first, gates), expected.to(dtype))
     if DEVICE.type == "cuda" and dtype != torch.float32:
         yield from check_stream(chooser, dtype)
+        yield from check_register_linear(chooser, dtype)
     yield compare("gelu none", kernels.gelu(x, "none"), reference.gelu(x, "none"))
 
 
@@ -174,6 +177,31 @@ def check_stream(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
     expected = reference.silu_mul(reference.linear(x.double(), gates.double()))
     for _ in range(2):
         yield compare("stream_gated_linear", stream_gated_linear(x, gates), expected.to(dtype))
+
+
+def check_register_linear(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
+    """The product of one row with float8 weights, which may norm the row and add to what is there."""
+    from trine.kernels.triton.register_linear import register_gated_linear, register_linear, register_linear_add
+
+    inputs, outputs = 16 * chooser.choice([1, 57, 224, 256, 896]), 2 * chooser.choice([1, 33, 500, 2048, 14336])
+    hidden, norm, residual = randn(1, inputs, dtype=dtype), randn(inputs, dtype=dtype), randn(1, outputs, dtype=dtype)
+    hidden[:, 3] *= 1000
+    weight = fp8.pack_fp8(randn(outputs, inputs, dtype=torch.float32) / inputs**0.5)
+    assert isinstance(weight, Fp8Weight)
+    bias = randn(outputs, dtype=dtype) if chooser.random() < 0.5 else None
+    wide = weight.dequantize().double()
+    for x, plain in (
+        (hidden, hidden.double()),
+        (RowToNorm(hidden, norm, 1e-6), reference.rms_norm(hidden.double(), norm.double(), 1e-6)),
+    ):
+        expected = reference.linear(plain, wide, None if bias is None else bias.double())
+        name, error, _ = compare("register_linear", register_linear(x, weight, bias, torch.float32), expected.float())
+        yield name, error, 1e-3
+        total = residual.clone()
+        register_linear_add(x, weight, bias, total)
+        yield compare("register_linear_add", total, (residual.double() + expected).to(dtype))
+        expected = reference.silu_mul(reference.linear(plain, wide))
+        yield compare("register_gated_linear", register_gated_linear(x, weight), expected.to(dtype))
 
 
 def check_attention(chooser: random.Random, dtype: torch.dtype, decode_only: bool) -> Iterator[Check]:
@@ -330,7 +358,7 @@ def time_linear(report: Report, bandwidth: float, outputs: int, inputs: int) -> 
     ways: dict[str, tuple[list[torch.Tensor], Callable[[torch.Tensor, int], object]]] = {
         "library": (weights, lambda x, i: torch.nn.functional.linear(x, weights[i])),
         "ours": (weights, lambda x, i: kernels.linear(x, weights[i])),
-        "ours_fp8": (eighths, lambda x, i: small_linear(x, eighths[i], None, scales)),
+        "ours_fp8": (eighths, lambda x, i: gpu_fp8.linear(x, Fp8Weight(eighths[i], scales))),
     }
     for rows, x in inputs_of.items():
         shares = {

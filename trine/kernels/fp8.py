@@ -77,8 +77,36 @@ class Fp8Rows:
         return (self.values.float().view(rows, groups, -1) * self.scales[:, :, None]).view(self.shape)
 
 
-Rows = torch.Tensor | Fp8Rows
-"""What a product takes: plain activations, or rounded by the kernel that made them."""
+@dataclass(frozen=True, slots=True)
+class RowToNorm:
+    """One row whose RMS norm, with `weight` [H], the product that reads it computes: hidden [1, H]."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.hidden.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.hidden.is_cuda
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+
+StoredRows = torch.Tensor | Fp8Rows
+"""Activations: plain, or rounded by the kernel that made them."""
+
+Rows = StoredRows | RowToNorm
+"""What a product takes."""
 
 
 def saturate(x: torch.Tensor, scales: torch.Tensor | float) -> torch.Tensor:
@@ -112,6 +140,7 @@ def linear(
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
     if not isinstance(weight, Fp8Weight):
         raise TypeError(f"float8 kernels can't read a {type(weight).__name__}")
+    assert not isinstance(x, RowToNorm), "made for a product that norms it"
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
     y = F.linear(rows.widened(), weight.values.float()) * weight.scales
     if bias is not None:

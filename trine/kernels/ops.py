@@ -18,7 +18,7 @@ from typing import Literal, cast
 import torch
 
 from trine.kernels import fp8, reference
-from trine.kernels.fp8 import Fp8Weight, Rows
+from trine.kernels.fp8 import Fp8Weight, Rows, RowToNorm
 from trine.kernels.types import AddNorm, Backend, DecoderLayer, Mixture, PackedWeight, PagedBatch, Weight
 
 _reference_only = os.environ.get("TRINE_KERNELS", "") == "reference"
@@ -214,8 +214,18 @@ def linear_silu_mul_for(reader: Weight, x: Rows, weight: Weight, bias: torch.Ten
     return cast(Rows, _gpu_fp8().silu_mul_rows(linear(x, weight, bias)))
 
 
+def _norms_itself(reader: Weight | None, x: torch.Tensor) -> bool:
+    """Whether the product of x [T, H] with `reader` takes x before its norm, and computes that itself."""
+    if not (isinstance(reader, Fp8Weight) and x.is_cuda) or _reference_only:
+        return False
+    norms: bool = _gpu_fp8().norms_itself(reader, x)
+    return norms
+
+
 def rms_norm_for(reader: Weight, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Rows:
     """`rms_norm` in the form that the product with `reader` takes fastest."""
+    if _norms_itself(reader, x):
+        return RowToNorm(x, weight, eps)
     if not _rounds_for(reader, x):
         return rms_norm(x, weight, eps)
     return cast(Rows, _gpu_fp8().rms_norm_rows(x, weight, eps))
@@ -240,6 +250,8 @@ def linear_add_norm(
     """Add `linear(x, weight, bias)` to `residual` [T, N] in place; the RMS norm of the sum with weight `norm` [N], in
     the form that the product with `reader` takes fastest, or a tensor without a reader.
     """
+    if _norms_itself(reader, residual) and isinstance(weight, Fp8Weight) and _gpu_fp8().add(x, weight, bias, residual):
+        return RowToNorm(residual, norm, eps)
     y = linear_add(x, weight, bias, residual)
     if reader is None:
         return rms_norm(residual, norm, eps) if y is None else add_rms_norm(y, residual, norm, eps)

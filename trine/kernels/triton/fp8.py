@@ -3,8 +3,8 @@
 Rounding is bound by memory: a row is read once and written once, at half the size, with its scale. Where it is fused
 with a norm or an activation the plain result is never written at all. Products of many rows are the library's, save
 those of some hundred that `parts` takes; those of 2 to 64 rows, where the library reaches a third of the
-memory's speed, are `stream_linear`'s on Hopper and `fp8_linear`'s elsewhere. One row is `small_linear`'s, which takes
-activations as they are: rounding them would gain nothing there.
+memory's speed, are `stream_linear`'s on Hopper and `fp8_linear`'s elsewhere. One row is `register_linear`'s on Hopper
+and `small_linear`'s elsewhere, which take activations as they are: rounding them would gain nothing there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from trine.kernels import fp8
-from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows, RowToNorm, StoredRows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.decode_attention import decode_attention_rows
 from trine.kernels.triton.device import early_launch, next_power_of_2, wait_for_inputs
@@ -205,12 +205,12 @@ def attention_rows(
 
 
 @cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The kernel for up to 64 rows on a Hopper GPU with a Triton that has Gluon."""
+def _hopper(device: torch.device, name: str) -> ModuleType | None:
+    """A module of kernels for few rows on a Hopper GPU with a Triton that has Gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        return import_module("trine.kernels.triton.stream_linear")
+        return import_module(f"trine.kernels.triton.{name}")
     except ImportError:
         return None
 
@@ -220,6 +220,10 @@ def linear(
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
     outputs, inputs = weight.shape
+    one = _of_one_row(x, weight)
+    if one is not None:
+        return cast(torch.Tensor, one.register_linear(x, weight, bias, out_dtype))
+    assert not isinstance(x, RowToNorm), "made for a product that norms it"
     if isinstance(x, torch.Tensor) and x.shape[0] == 1:
         return small_linear(x, weight.values, bias, weight.scales, out_dtype)
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
@@ -247,6 +251,7 @@ def linear_parts(x: Rows, weight: Fp8Weight) -> torch.Tensor | None:
     """`linear` as parts [P, T, N] float32 that add up to it, where that is faster."""
     if not (rounds(x.shape[0]) and x.shape[0] <= MAX_ROWS):
         return None
+    assert not isinstance(x, RowToNorm), "one row is never in parts"
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
     stream = _streams(rows, weight)
     if stream is None or not stream.parts_of(x.shape[0], weight):
@@ -256,13 +261,18 @@ def linear_parts(x: Rows, weight: Fp8Weight) -> torch.Tensor | None:
 
 def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
-    if isinstance(x, torch.Tensor) and x.shape[0] == 1 and bias is None:
-        return small_gated_linear(x, weight.values, weight.scales)
+    if bias is None:
+        one = _of_one_row(x, weight)
+        if one is not None:
+            return cast(torch.Tensor, one.register_gated_linear(x, weight))
+        if isinstance(x, torch.Tensor) and x.shape[0] == 1:
+            return small_gated_linear(x, weight.values, weight.scales)
     return silu_mul(linear(x, weight, bias))
 
 
 def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> Fp8Rows:
     """`linear_silu_mul`, rounded."""
+    assert not isinstance(x, RowToNorm), "one row is not rounded"
     outputs = weight.shape[0] // 2
     stream = _streams(x, weight)
     if bias is None and stream is not None and stream.can_stream_pairs(weight, outputs):
@@ -271,9 +281,31 @@ def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None =
     return silu_mul_rows(linear(x, weight, bias)) if y is None else quantize_rows(y)
 
 
-def _streams(x: Rows, weight: Fp8Weight) -> ModuleType | None:
+def _of_one_row(x: Rows, weight: Fp8Weight) -> ModuleType | None:
+    """The module whose product of one row is the fastest, None where it can't be."""
+    if isinstance(x, Fp8Rows) or x.shape[0] != 1:
+        return None
+    module = _hopper(x.device, "register_linear")
+    return module if module is not None and module.supports(x, weight) else None
+
+
+def norms_itself(reader: Fp8Weight, x: torch.Tensor) -> bool:
+    """Whether the product of x [T, H] with `reader` takes x before its norm."""
+    return _of_one_row(x, reader) is not None
+
+
+def add(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None, residual: torch.Tensor) -> bool:
+    """Add `linear(x, weight, bias)` to `residual` [1, N] in place, where one kernel does both; whether it was so."""
+    one = _of_one_row(x, weight)
+    if one is None:
+        return False
+    one.register_linear_add(x, weight, bias, residual)
+    return True
+
+
+def _streams(x: StoredRows, weight: Fp8Weight) -> ModuleType | None:
     """The module whose product is the fastest for few rows, None where it is not or can't be."""
-    hopper = _hopper(x.device) if isinstance(x, Fp8Rows) else None
+    hopper = _hopper(x.device, "stream_linear") if isinstance(x, Fp8Rows) else None
     return hopper if hopper is not None and hopper.can_stream(x, weight) else None
 
 
@@ -294,6 +326,11 @@ def linear_prepare_qkv(
     if cos_sin.shape[1] != head_dim:
         return None
     own = (num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots)
+    one = _of_one_row(x, weight)
+    if one is not None:
+        return cast(torch.Tensor, one.register_qkv_linear(x, weight, bias, *own))
+    if isinstance(x, RowToNorm):
+        return None
     if isinstance(x, torch.Tensor):
         return small_qkv_linear(x, weight.values, bias, *own, weight.scales) if x.shape[0] == 1 else None
     stream = _streams(x, weight)

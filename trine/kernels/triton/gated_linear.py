@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from trine.kernels.fp8 import Fp8Weight, Rows
+from trine.kernels.fp8 import Fp8Weight, StoredRows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.small_linear import is_ours, linear, small_gated_linear, streams
 
@@ -32,7 +32,7 @@ def _hopper(device: torch.device) -> ModuleType | None:
         return None
 
 
-def fused(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
+def fused(x: StoredRows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
     """silu(gate) * up of the product, [T, I], by one kernel; None where there is none for it."""
     if bias is not None or x.shape[0] < FULL_ROWS.start:
         return None

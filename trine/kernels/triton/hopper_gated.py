@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.fp8 import Fp8Rows, Fp8Weight, StoredRows
 from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier, reinterpret
@@ -248,7 +248,7 @@ def _narrow(num_rows: int, outputs: int, device: torch.device) -> int:
     return NARROW if _rounds(num_rows, outputs, pair, device) < _rounds(num_rows, outputs, COLUMNS, device) else 0
 
 
-def supports(x: Rows, weight: torch.Tensor | Fp8Weight) -> bool:
+def supports(x: StoredRows, weight: torch.Tensor | Fp8Weight) -> bool:
     """Whether this kernel takes x [T, K] and weight [2I, K], both bfloat16 or both float8."""
     values, numbers = (x.values, weight.values) if isinstance(x, Fp8Rows) else (x, weight)
     return (
@@ -262,7 +262,7 @@ def supports(x: Rows, weight: torch.Tensor | Fp8Weight) -> bool:
     )
 
 
-def gated_linear(x: Rows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
+def gated_linear(x: StoredRows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
     """silu(gate) * up of x [T, K] times the transpose of weight [2I, K], whose first half is the gate: [T, I].
 
     Both are bfloat16, or both float8 with their scales; the result is bfloat16. Nothing may write to the weights in the

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.fp8 import Fp8Rows, Fp8Weight, StoredRows
 from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier, reinterpret
@@ -231,7 +231,7 @@ def _tiling(x: torch.Tensor, weight: torch.Tensor) -> Tiling | None:
     return tiling(x.shape[0], x.shape[1] * x.itemsize, weight.shape[0], num_multiprocessors(x.device))
 
 
-def supports(x: Rows, weight: torch.Tensor | Fp8Weight) -> bool:
+def supports(x: StoredRows, weight: torch.Tensor | Fp8Weight) -> bool:
     """Whether this kernel takes x [T, K] and weight [N, K], both bfloat16 or both float8 with a scale a row."""
     values, numbers = (x.values, weight.values) if isinstance(x, Fp8Rows) else (x, weight)
     return (
@@ -247,7 +247,7 @@ def supports(x: Rows, weight: torch.Tensor | Fp8Weight) -> bool:
     )
 
 
-def linear_parts(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_parts(x: StoredRows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: parts [P, T, N] bfloat16, whose sum it is.
 
     For what `supports` says. Nothing may write to the weights in the kernels just before: they are read meanwhile.

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from trine.kernels.fp8 import DTYPE, Fp8Weight, Rows
+from trine.kernels.fp8 import DTYPE, Fp8Weight, Rows, RowToNorm
 
 PARTS_ROWS = {torch.bfloat16: (range(88, 129), range(216, 257)), DTYPE: (range(65, 512),)}
 """Numbers of rows, by the weights' type, that the library takes longer for; fewer are streamed."""
@@ -30,7 +30,7 @@ def in_parts(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | Non
     faster than a whole sum.
     """
     values = weight.values if isinstance(weight, Fp8Weight) else weight
-    if not any(x.shape[0] in rows for rows in PARTS_ROWS.get(values.dtype, ())):
+    if isinstance(x, RowToNorm) or not any(x.shape[0] in rows for rows in PARTS_ROWS.get(values.dtype, ())):
         return None
     hopper = _hopper(x.device)
     if hopper is None or not hopper.supports(x, weight):

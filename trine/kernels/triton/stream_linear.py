@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows
+from trine.kernels.fp8 import Fp8Rows, Fp8Weight, StoredRows
 from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import cdiv, next_power_of_2, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier
@@ -294,7 +294,7 @@ def _scratch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return parts, torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
 
 
-def can_stream(x: Rows, weight: torch.Tensor | Fp8Weight) -> bool:
+def can_stream(x: StoredRows, weight: torch.Tensor | Fp8Weight) -> bool:
     """Whether `stream_linear` takes these: the copy engine wants addresses and strides in multiples of 16 bytes, and
     steps must not straddle groups of x's columns that share a scale.
     """
@@ -314,7 +314,7 @@ def can_stream(x: Rows, weight: torch.Tensor | Fp8Weight) -> bool:
     )
 
 
-def _values(x: Rows | Fp8Weight) -> torch.Tensor:
+def _values(x: StoredRows | Fp8Weight) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else x.values
 
 
@@ -324,7 +324,7 @@ def can_stream_pairs(weight: torch.Tensor | Fp8Weight, half: int) -> bool:
 
 
 def stream_linear(
-    x: Rows,
+    x: StoredRows,
     weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -349,7 +349,7 @@ def parts_of(num_rows: int, weight: torch.Tensor | Fp8Weight) -> int:
     return parts if 0.9 * most <= tiles * parts and steps % parts == 0 else 0
 
 
-def stream_parts(x: Rows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
+def stream_parts(x: StoredRows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
     """Parts [P, T, N] of `stream_linear`'s product, which add up to it: the kernel behind it does that while it reads
     them, and nobody waits for a tile's other parts. P is `parts_of` these, at least 1. Parts are of x's dtype if that
     is bfloat16, which rounds no more than one rounding of the sum would, else float32.
@@ -361,7 +361,7 @@ def stream_parts(x: Rows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
     return y
 
 
-def stream_gated_linear(x: Rows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
+def stream_gated_linear(x: StoredRows, weight: torch.Tensor | Fp8Weight) -> torch.Tensor:
     """silu(gate) * up of x [T, K] times the transpose of weight [2I, K], whose first half is the gate: [T, I].
 
     See `stream_linear` and `can_stream_pairs`.
@@ -373,7 +373,7 @@ def stream_gated_linear(x: Rows, weight: torch.Tensor | Fp8Weight) -> torch.Tens
 
 
 def stream_qkv_linear(
-    x: Rows,
+    x: StoredRows,
     weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None,
     num_heads: int,
@@ -395,7 +395,7 @@ def stream_qkv_linear(
 
 
 def _launch(
-    x: Rows,
+    x: StoredRows,
     weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None,
     y: torch.Tensor,
