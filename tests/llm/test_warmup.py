@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
 
 from trine.llm.loading import load_model, resolve_model

@@ -120,18 +120,18 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
 
 
 def _compile_kernels(worker: Worker, device: torch.device) -> None:
-    """By all processors at once, or from the disk what was compiled before: what a lone sequence needs now, the rest
-    while the first requests are served.
+    """By all processors at once, or from the disk what was compiled before: what a first short prompt needs now, the
+    rest while the first requests are served.
     """
     from trine.kernels.triton.launch import Recorder, recording
 
     started = time.perf_counter()
     recorder = Recorder(device, available_cpus())
     with recording(recorder):
-        worker.rehearse(alone=True)
+        worker.rehearse(first=True)
     needed = recorder.start()
     with recording(recorder):
-        worker.rehearse(alone=False)
+        worker.rehearse(first=False)
     others = recorder.start()
     recorder.finish()
     wait(needed)

@@ -122,14 +122,15 @@ class StepGraphs:
             self._graphs[key] = self._capture(*key)
         return result[: len(entries)]
 
-    def rehearse(self, alone: bool) -> None:
-        """Compute steps of every kind, those of one sequence or all others: see `Worker.rehearse`."""
-        if alone:
-            for size in [size for size in self.with_prompts if not size.decodes]:
-                self._compute(size, greedy=True, short=False)
+    def rehearse(self, first: bool) -> None:
+        """Compute those of a short prompt and its decodes, or steps of every other kind: see `Worker.rehearse`."""
+        prompts = [size for size in self.with_prompts if not size.decodes]
+        short = next(size for size in prompts if size.tokens >= 128)
+        if first:
+            self._compute(short, greedy=True, short=False)
             self._compute(Size(1), greedy=True, short=True)
         else:
-            for size in self.decodes:
+            for size in self.decodes + prompts:
                 self._compute(size, greedy=True, short=False)
 
     def _send(self, header: Sequence[int], entries: npt.NDArray[np.int32], prompts: npt.NDArray[np.int32]) -> None:

@@ -31,9 +31,9 @@ class SmallSteps:
         self._table = torch.zeros(host_table.shape, dtype=torch.int32, device=last_token.device)
         self._graphs = StepGraphs(model, last_token, self._table, block_size)
 
-    def rehearse(self, alone: bool) -> None:
+    def rehearse(self, first: bool) -> None:
         """See `Worker.rehearse`."""
-        self._graphs.rehearse(alone)
+        self._graphs.rehearse(first)
 
     def run(self, step: Step, greedy: bool) -> torch.Tensor | None:
         """See `StepGraphs.run`; without waiting for the device. None for a step that is run elsewhere."""

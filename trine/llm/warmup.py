@@ -16,17 +16,13 @@ from trine.llm.sampling.sampler import Sampler
 from trine.llm.scheduler import SchedulerLimits
 
 
-def rehearsed_batches(
-    limits: SchedulerLimits, device: torch.device, alone: bool
-) -> Iterator[tuple[torch.Tensor, Batch]]:
-    """Token ids [T] and batches like those of the steps that hold prompts: `alone` a prompt of few tokens to as many as
-    a step may have, else one beside few, some and many sequences that decode. All of them lie in cache block 0.
+def rehearsed_batches(limits: SchedulerLimits, device: torch.device) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """Token ids [T] and batches like those of the steps that hold prompts: of few tokens to as many as a step may have,
+    alone and beside few, some and many sequences that decode. All of them lie in cache block 0.
     """
-    if alone:
-        for length in sorted({24, 96, 200, 448, 1000, 2048, limits.max_num_batched_tokens}):
-            if length <= limits.max_num_batched_tokens:
-                yield _batch(0, length, limits, device)
-        return
+    for length in sorted({24, 96, 200, 448, 1000, 2048, limits.max_num_batched_tokens}):
+        if length <= limits.max_num_batched_tokens:
+            yield _batch(0, length, limits, device)
     for num_decodes in (1, 16, 64, 128, 224, 480):
         if num_decodes < limits.max_num_seqs:
             yield _batch(num_decodes, 128, limits, device)

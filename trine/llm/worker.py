@@ -72,18 +72,18 @@ class Worker:
         return SmallSteps(self.model, self.last_token, self._block_table, self.limits.block_size)
 
     @torch.inference_mode()
-    def rehearse(self, alone: bool) -> None:
-        """Go through steps of every kind, those of a sequence `alone` or all others, for
+    def rehearse(self, first: bool) -> None:
+        """Go through the steps of a `first` short prompt, or those of every other kind, for
         `trine.kernels.triton.launch.recording`: no sequence runs yet.
         """
         assert self._small_steps is not None
-        for token_ids, batch in rehearsed_batches(self.limits, self.device, alone):
+        self._small_steps.rehearse(first)
+        for token_ids, batch in () if first else rehearsed_batches(self.limits, self.device):
             assert batch.output_rows is not None
             hidden = self.model(token_ids, batch)
             if len(hidden) > len(batch.output_rows):
                 hidden = hidden[batch.output_rows]
             rehearse_sampling(self.sampler, self.model.compute_logits(hidden))
-        self._small_steps.rehearse(alone)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:
