@@ -18,9 +18,7 @@ def test_batches_are_such_as_a_model_takes() -> None:
     model.bind_cache(allocate_cache(model.cache_specs(), 2, limits.block_size, device))
     seen = []
     with torch.inference_mode():
-        for token_ids, batch in chain.from_iterable(
-            rehearsed_batches(limits, device, alone) for alone in (True, False)
-        ):
+        for token_ids, batch in rehearsed_batches(limits, device):
             assert len(token_ids) <= limits.max_num_batched_tokens
             assert len(batch.seq_lens) <= limits.max_num_seqs
             hidden = model(token_ids, batch)
