@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,19 @@ from tests.llm.models.checkpoints import Case, build
 from tests.llm.test_parity_engine import CASES, assert_greedy, mixed_prompts
 from trine import LLM
 from trine.llm import graphs, small_steps
-from trine.llm.graphs import Size, StepGraphs
+from trine.llm.graphs import Size, StepGraphs, token_sizes
 from trine.llm.request import SequenceRequest
 from trine.llm.sampling.params import SamplingParams
 from trine.llm.scheduler import NewBlocks, NewRow, Step
 from trine.llm.small_steps import SmallSteps
 from trine.llm.worker import Worker
+
+
+def test_large_models_gain_with_few_tokens() -> None:
+    assert token_sizes(15_000_000) == list(graphs.TOKENS)
+    assert token_sizes(218_000_000)[-1] == 1024
+    assert token_sizes(856_000_000)[-1] == 256
+    assert token_sizes(10**11) == [32]
 
 
 class PlainRing:
@@ -57,7 +65,8 @@ def host_table() -> np.ndarray:
 def steps(monkeypatch: pytest.MonkeyPatch, host_table: np.ndarray) -> SmallSteps:
     monkeypatch.setattr(graphs, "PinnedRing", PlainRing)
     monkeypatch.setattr(small_steps, "StepGraphs", Recorder)
-    return SmallSteps(None, torch.zeros(7), host_table, 16)  # type: ignore[arg-type]
+    model = SimpleNamespace(config=SimpleNamespace(layer_weights=218_000_000))  # Llama-3.1-8B
+    return SmallSteps(model, torch.zeros(7), host_table, 16)  # type: ignore[arg-type]
 
 
 def plan(host_table: np.ndarray, rows: list[int], starts: list[int], new_blocks: list[NewBlocks]) -> Step:

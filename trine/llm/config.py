@@ -135,6 +135,12 @@ class ModelConfig:
     def sliding_window(self) -> int | None:
         return next((window for window in self.layer_windows if window is not None), None)
 
+    @property
+    def layer_weights(self) -> int:
+        """About how many weights of a layer each token meets: with a mixture, those of the experts it chooses."""
+        inner = self.experts.top_k * self.experts.intermediate_size if self.experts else self.intermediate_size
+        return self.hidden_size * (2 * (self.num_heads + self.num_kv_heads) * self.head_dim + 3 * inner)
+
     @classmethod
     def from_directory(cls, directory: str | Path) -> ModelConfig:
         """Read config.json and generation_config.json. Raises ModelLoadError naming the wrong or missing key."""

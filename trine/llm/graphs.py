@@ -32,8 +32,11 @@ DECODES = (1, 2, 4, 8, 16, 24, 32, 48, *range(64, MAX_ROWS + 1, 32))
 few sizes cost no time, and a batch that shrinks row by row finds them captured."""
 BESIDE_PROMPTS = (0, 8, 32, 64, 128, 256, 512)
 """Rows that decode in a step with prompts."""
-TOKENS = (32, 64, 128, 256, 384, 512, 768, 1024)
-"""Of a step with prompts. With more the GPU takes longer than single launches, and would for the padding."""
+TOKENS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Of a step with prompts."""
+LAUNCHES = 2.3e11
+"""Of a layer single launches take the host as long as an H200 takes for so many products of a token and a weight: steps
+with more lose nothing by them, and would by padding."""
 
 
 class Size(NamedTuple):
@@ -53,6 +56,11 @@ def graph_sizes(sizes: Sequence[int], most: int) -> list[int]:
     return [size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] < most]
 
 
+def token_sizes(layer_weights: int) -> list[int]:
+    """Sizes of steps with prompts that gain, of a model with so many weights a layer."""
+    return [tokens for tokens in TOKENS if tokens <= max(LAUNCHES / layer_weights, TOKENS[0])]
+
+
 class StepGraphs:
     """Small steps of a model. One instance a model and device.
 
@@ -65,12 +73,13 @@ class StepGraphs:
         max_rows, columns = table.shape
         self.decodes = [Size(rows) for rows in graph_sizes(DECODES, max_rows)]
         beside = graph_sizes(BESIDE_PROMPTS, max_rows)
-        self.with_prompts = [Size(rows, tokens) for tokens in TOKENS for rows in beside if rows < tokens]
+        totals = token_sizes(model.config.layer_weights)
+        self.with_prompts = [Size(rows, tokens) for tokens in totals for rows in beside if rows < tokens]
         self._last_token = last_token
         self._table = table
         self._block_size = block_size
         self._graphs: dict[tuple[Size, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        device, tokens = table.device, TOKENS[-1]
+        device, tokens = table.device, max(totals[-1], self.decodes[-1].decodes)
         sequences = max(size.sequences for size in self.decodes + self.with_prompts)
         self._token_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros(tokens, dtype=torch.int64, device=device)
