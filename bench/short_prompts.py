@@ -35,7 +35,7 @@ from trine.llm.request import SequenceRequest
 from trine.llm.scheduler import Step
 from trine.llm.worker import Worker
 
-LENGTHS = (32, 64, 128, 256, 512, 1000)
+LENGTHS = (32, 64, 128, 256, 512, 1000, 2000)
 TOLERANCE = 0.2
 """Of ‖graph − launched‖ / ‖launched‖ of a row. With padding products take other tiles: float8 rounds by a sixteenth,
 and another expert is chosen where two tie. What reads a wrong token or block is off by about 1."""
@@ -113,7 +113,7 @@ def check(engine: Engine) -> bool:
     draw = random.Random(1)
     shared = engine.prompt(640)
     with compared(errors):
-        for length in (1, 5, 17, 31, 33, 64, 100, 129, 190, 300, 512, 513, 900, 1024):
+        for length in (1, 5, 17, 31, 33, 64, 100, 129, 190, 300, 512, 513, 900, 1300, 2000):
             engine.core.add(engine.request(engine.prompt(length), 6, logprobs=0))
             engine.drain()
         for turn in range(150):

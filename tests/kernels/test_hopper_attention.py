@@ -11,7 +11,9 @@ pytest.importorskip("triton.experimental.gluon")
 from tests.kernels.hopper_compiler import check_compiles
 from tests.kernels.paged import paged_case
 from trine.kernels import reference
+from trine.kernels.triton.prefill_tiles import ordered_tiles
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
@@ -31,11 +33,12 @@ def test_compiles(group: int, head_dim: int, block_size: int, has_window: bool) 
     check_compiles("trine.kernels.triton.hopper_attention", "_hopper_prefill_kernel", constants, types)
 
 
-def test_tiles_come_by_their_keys_and_hold_every_new_token_once() -> None:
-    from trine.kernels.triton.hopper_attention import ordered_tiles
-
-    lengths, new = [40, 5, 100, 47, 1600, 16], [1, 1, 30, 47, 900, 2]
-    batch = paged_case(lengths, new, num_heads=4, num_kv_heads=1, head_dim=16).batch
+@pytest.mark.parametrize(
+    "prompts", [[(100, 30), (47, 47), (1600, 900), (16, 2)], [(9, 0), (70, 64), (9, 0), (9, 9)] * 9]
+)
+def test_tiles_come_by_their_keys_and_hold_every_new_token_once(prompts: list[tuple[int, int]]) -> None:
+    lengths, new = ([*each] for each in zip((40, 1), (5, 1), *prompts, strict=True))
+    batch = paged_case(lengths, new, num_heads=4, num_kv_heads=1, head_dim=16, device=DEVICE).batch
     tiles = ordered_tiles(batch, 32).T.tolist()
     keys = [before + min(first + 32, count) if count else 0 for _, _, count, before, first in tiles]
     assert keys == sorted(keys, reverse=True)

@@ -26,8 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trine.kernels.triton.descriptors import tiles_of
-from trine.kernels.triton.device import cdiv, num_multiprocessors
+from trine.kernels.triton.device import num_multiprocessors
 from trine.kernels.triton.launch import launch
+from trine.kernels.triton.prefill_tiles import ordered_tiles
 from trine.kernels.types import PagedBatch
 
 LOG2_E = 1.4426950408889634
@@ -39,30 +40,6 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the nam
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _memory = gl.shared_memory_descriptor
 reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
-
-
-def ordered_tiles(batch: PagedBatch, tokens_block: int) -> torch.Tensor:
-    """What there is to do in a step, most keys first: int32 [5, tiles], a column a tile of `tokens_block` tokens.
-
-    Rows: the sequence, its first token in the packed order, how many new tokens it has, how many came before, the
-    tile's first among the new ones. The last columns may be of no sequence: 0 new tokens. Lengths are read on the
-    device; all layers of a step share the result.
-    """
-    starts, stops = batch.query_start[batch.num_decodes : -1], batch.query_start[batch.num_decodes + 1 :]
-    counts = stops - starts
-    before = batch.seq_lens[batch.num_decodes :] - counts
-    tiles = (counts + tokens_block - 1) // tokens_block
-    ends = tiles.cumsum(0)
-    # each sequence adds at most one tile that is not full
-    most = cdiv(batch.positions.shape[0] - batch.num_decodes, tokens_block) + counts.shape[0]
-    numbers = torch.arange(most, device=ends.device)
-    found = torch.searchsorted(ends, numbers, right=True)
-    sequence = found.clamp(max=counts.shape[0] - 1)
-    first = (numbers - (ends - tiles)[sequence]) * tokens_block
-    columns = torch.stack([sequence + batch.num_decodes, starts[sequence], counts[sequence], before[sequence], first])
-    columns[2].masked_fill_(found == counts.shape[0], 0)
-    keys = torch.where(columns[2] > 0, columns[3] + torch.minimum(first + tokens_block, columns[2]), 0)
-    return columns[:, keys.argsort(descending=True)].to(torch.int32)
 
 
 @gluon.jit
