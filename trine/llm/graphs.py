@@ -57,8 +57,8 @@ def graph_sizes(sizes: Sequence[int], most: int) -> list[int]:
 
 
 def token_sizes(layer_weights: int) -> list[int]:
-    """Sizes of steps with prompts that gain, of a model with so many weights a layer."""
-    return [tokens for tokens in TOKENS if tokens <= max(LAUNCHES / layer_weights, TOKENS[0])]
+    """Sizes of steps with prompts that gain, of a model with so many weights a layer; up to 128 tokens in any case."""
+    return [tokens for tokens in TOKENS if tokens <= max(LAUNCHES / layer_weights, 128)]
 
 
 class StepGraphs:
