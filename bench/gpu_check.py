@@ -180,7 +180,7 @@ def check_stream(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
 
 
 def check_register_linear(chooser: random.Random, dtype: torch.dtype) -> Iterator[Check]:
-    """The product of one row with float8 weights, which may norm the row and add to what is there."""
+    """The product of one row, with float8 weights, which may norm the row and add to what is there."""
     from trine.kernels.triton.register_linear import register_gated_linear, register_linear, register_linear_add
 
     inputs, outputs = 16 * chooser.choice([1, 57, 224, 256, 896]), 2 * chooser.choice([1, 33, 500, 2048, 14336])

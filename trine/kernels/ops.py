@@ -216,10 +216,15 @@ def linear_silu_mul_for(reader: Weight, x: Rows, weight: Weight, bias: torch.Ten
 
 def _norms_itself(reader: Weight | None, x: torch.Tensor) -> bool:
     """Whether the product of x [T, H] with `reader` takes x before its norm, and computes that itself."""
-    if not (isinstance(reader, Fp8Weight) and x.is_cuda) or _reference_only:
+    if not (isinstance(reader, torch.Tensor | Fp8Weight) and x.is_cuda) or _reference_only:
         return False
-    norms: bool = _gpu_fp8().norms_itself(reader, x)
+    norms: bool = _gpu_one_row().norms_itself(reader, x)
     return norms
+
+
+@cache
+def _gpu_one_row() -> ModuleType:
+    return import_module("trine.kernels.triton.small_linear")
 
 
 def rms_norm_for(reader: Weight, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Rows:
@@ -250,7 +255,8 @@ def linear_add_norm(
     """Add `linear(x, weight, bias)` to `residual` [T, N] in place; the RMS norm of the sum with weight `norm` [N], in
     the form that the product with `reader` takes fastest, or a tensor without a reader.
     """
-    if _norms_itself(reader, residual) and isinstance(weight, Fp8Weight) and _gpu_fp8().add(x, weight, bias, residual):
+    added = isinstance(weight, torch.Tensor | Fp8Weight) and _norms_itself(reader, residual)
+    if added and _gpu_one_row().add(x, weight, bias, residual):
         return RowToNorm(residual, norm, eps)
     y = linear_add(x, weight, bias, residual)
     if reader is None:

@@ -9,8 +9,6 @@ and `small_linear`'s elsewhere, which take activations as they are: rounding the
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from types import ModuleType
 from typing import cast
 
@@ -28,7 +26,13 @@ from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
 from trine.kernels.triton.gated_linear import fused
 from trine.kernels.triton.launch import launch
 from trine.kernels.triton.norm import as_parts, sum_of_parts
-from trine.kernels.triton.small_linear import small_gated_linear, small_linear, small_qkv_linear
+from trine.kernels.triton.small_linear import (
+    hopper,
+    of_one_row,
+    small_gated_linear,
+    small_linear,
+    small_qkv_linear,
+)
 from trine.kernels.types import PagedBatch
 
 _ATTENTION_GROUP = 512  # that a group's columns must be a multiple of, for our own products to read them
@@ -204,23 +208,12 @@ def attention_rows(
     return decode_attention_rows(q, k_cache, v_cache, batch, scale, sliding_window)
 
 
-@cache
-def _hopper(device: torch.device, name: str) -> ModuleType | None:
-    """A module of kernels for few rows on a Hopper GPU with a Triton that has Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        return import_module(f"trine.kernels.triton.{name}")
-    except ImportError:
-        return None
-
-
 def linear(
     x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's dtype, or `out_dtype`."""
     outputs, inputs = weight.shape
-    one = _of_one_row(x, weight)
+    one = of_one_row(x, weight)
     if one is not None:
         return cast(torch.Tensor, one.register_linear(x, weight, bias, out_dtype))
     assert not isinstance(x, RowToNorm), "made for a product that norms it"
@@ -262,7 +255,7 @@ def linear_parts(x: Rows, weight: Fp8Weight) -> torch.Tensor | None:
 def linear_silu_mul(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
     if bias is None:
-        one = _of_one_row(x, weight)
+        one = of_one_row(x, weight)
         if one is not None:
             return cast(torch.Tensor, one.register_gated_linear(x, weight))
         if isinstance(x, torch.Tensor) and x.shape[0] == 1:
@@ -281,32 +274,10 @@ def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None =
     return silu_mul_rows(linear(x, weight, bias)) if y is None else quantize_rows(y)
 
 
-def _of_one_row(x: Rows, weight: Fp8Weight) -> ModuleType | None:
-    """The module whose product of one row is the fastest, None where it can't be."""
-    if isinstance(x, Fp8Rows) or x.shape[0] != 1:
-        return None
-    module = _hopper(x.device, "register_linear")
-    return module if module is not None and module.supports(x, weight) else None
-
-
-def norms_itself(reader: Fp8Weight, x: torch.Tensor) -> bool:
-    """Whether the product of x [T, H] with `reader` takes x before its norm."""
-    return _of_one_row(x, reader) is not None
-
-
-def add(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None, residual: torch.Tensor) -> bool:
-    """Add `linear(x, weight, bias)` to `residual` [1, N] in place, where one kernel does both; whether it was so."""
-    one = _of_one_row(x, weight)
-    if one is None:
-        return False
-    one.register_linear_add(x, weight, bias, residual)
-    return True
-
-
 def _streams(x: StoredRows, weight: Fp8Weight) -> ModuleType | None:
     """The module whose product is the fastest for few rows, None where it is not or can't be."""
-    hopper = _hopper(x.device, "stream_linear") if isinstance(x, Fp8Rows) else None
-    return hopper if hopper is not None and hopper.can_stream(x, weight) else None
+    stream = hopper(x.device, "stream_linear") if isinstance(x, Fp8Rows) else None
+    return stream if stream is not None and stream.can_stream(x, weight) else None
 
 
 def linear_prepare_qkv(
@@ -326,7 +297,7 @@ def linear_prepare_qkv(
     if cos_sin.shape[1] != head_dim:
         return None
     own = (num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots)
-    one = _of_one_row(x, weight)
+    one = of_one_row(x, weight)
     if one is not None:
         return cast(torch.Tensor, one.register_qkv_linear(x, weight, bias, *own))
     if isinstance(x, RowToNorm):

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import torch
 
-from trine.kernels.fp8 import Fp8Weight, StoredRows
+from trine.kernels.fp8 import Fp8Weight, RowToNorm, StoredRows
 from trine.kernels.triton.activation import silu_mul
-from trine.kernels.triton.small_linear import is_ours, linear, small_gated_linear, streams
+from trine.kernels.triton.small_linear import is_ours, linear, of_one_row, small_gated_linear, streams
 
 FUSED_ROWS = 1024
 """Rows from which on there are several tiles for each multiprocessor; with fewer the library's choice of tiles pays,
@@ -47,8 +47,16 @@ def fused(x: StoredRows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | 
     return y
 
 
-def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_silu_mul(
+    x: torch.Tensor | RowToNorm, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """`silu_mul(linear(x, weight, bias))`: x [T, K], weight [2I, K] (gate, then up) give [T, I]."""
+    one = of_one_row(x, weight)
+    if one is not None and bias is None:
+        product: torch.Tensor = one.register_gated_linear(x, weight)
+        return product
+    if isinstance(x, RowToNorm):
+        return silu_mul(linear(x, weight, bias))
     stream = streams(x, weight) if bias is None else None
     if stream is not None and stream.can_stream_pairs(weight, weight.shape[0] // 2):
         streamed: torch.Tensor = stream.stream_gated_linear(x, weight)

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 
+from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows, RowToNorm
 from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
 from trine.kernels.triton.launch import launch
 
@@ -306,12 +307,12 @@ def small_qkv_linear(
 
 
 @cache
-def _stream(device: torch.device) -> ModuleType | None:
-    """The kernel for 2 to 32 rows, on a Hopper GPU with a Triton that has Gluon."""
+def hopper(device: torch.device, name: str) -> ModuleType | None:
+    """A module of kernels for few rows, on a Hopper GPU with a Triton that has Gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        return import_module("trine.kernels.triton.stream_linear")
+        return import_module(f"trine.kernels.triton.{name}")
     except ImportError:
         return None
 
@@ -325,12 +326,34 @@ def streams(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
     """The module whose product is the fastest for few rows of x, None where it is not or can't be."""
     if not (is_ours(x, weight) and 1 < x.shape[0] <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES):
         return None
-    stream = _stream(weight.device)
+    stream = hopper(weight.device, "stream_linear")
     return stream if stream is not None and stream.can_stream(x, weight) else None
 
 
+def of_one_row(x: Rows, weight: torch.Tensor | Fp8Weight) -> ModuleType | None:
+    """The module whose product of one row is the fastest, None where it can't be."""
+    if isinstance(x, Fp8Rows) or x.shape[0] != 1:
+        return None
+    module = hopper(x.device, "register_linear")
+    return module if module is not None and module.supports(x, weight) else None
+
+
+def norms_itself(reader: torch.Tensor | Fp8Weight, x: torch.Tensor) -> bool:
+    """Whether the product of x [T, H] with `reader` takes x before its norm."""
+    return of_one_row(x, reader) is not None
+
+
+def add(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None, residual: torch.Tensor) -> bool:
+    """Add `linear(x, weight, bias)` to `residual` [1, N] in place, where one kernel does both; whether it was so."""
+    one = of_one_row(x, weight)
+    if one is None:
+        return False
+    one.register_linear_add(x, weight, bias, residual)
+    return True
+
+
 def linear_prepare_qkv(
-    x: torch.Tensor,
+    x: torch.Tensor | RowToNorm,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     num_heads: int,
@@ -343,9 +366,16 @@ def linear_prepare_qkv(
     slots: torch.Tensor,
 ) -> torch.Tensor | None:
     """`prepare_qkv(linear(x, weight, bias), ...)` without head norms, for few rows; None where it takes two kernels."""
-    if cos_sin.shape[1] != head_dim or not is_ours(x, weight):
+    if cos_sin.shape[1] != head_dim:
         return None
     own = (num_heads, num_kv_heads, head_dim, positions, cos_sin, k_cache, v_cache, slots)
+    one = of_one_row(x, weight)
+    if one is not None:
+        turned: torch.Tensor = one.register_qkv_linear(x, weight, bias, *own)
+        return turned
+    assert not isinstance(x, RowToNorm), "made for a product that norms it"
+    if not is_ours(x, weight):
+        return None
     stream = streams(x, weight)
     if stream is None or not stream.can_stream_pairs(weight, head_dim // 2):
         return small_qkv_linear(x, weight, bias, *own) if x.shape[0] == 1 else None
@@ -354,7 +384,7 @@ def linear_prepare_qkv(
 
 
 def linear(
-    x: torch.Tensor,
+    x: torch.Tensor | RowToNorm,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -363,6 +393,11 @@ def linear(
 
     Few rows of a 16-bit type are ours: the library reaches less of the memory's speed there. All else is the library's.
     """
+    one = of_one_row(x, weight)
+    if one is not None:
+        y: torch.Tensor = one.register_linear(x, weight, bias, out_dtype)
+        return y
+    assert not isinstance(x, RowToNorm), "made for a product that norms it"
     stream = streams(x, weight)
     if stream is not None:
         streamed: torch.Tensor = stream.stream_linear(x, weight, bias, out_dtype)
