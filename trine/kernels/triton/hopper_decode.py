@@ -40,7 +40,7 @@ from trine.kernels.types import PagedBatch
 MAX_GROUP = 16  # heads of a group, the least that a product's second operand is padded to
 MAX_RUNS = 16
 MANY = 12  # units a multiprocessor, from which on rounds of three for each are full enough
-FULL = 0.85  # else the share of the last round's places that are taken
+FULL = 0.85  # else the share of all rounds' places that are taken; a single round is as fast as memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,9 @@ def tiling(units: int, multiprocessors: int) -> Tiling:
 
 
 def fills(units: int, multiprocessors: int) -> bool:
-    """Whether more units than multiprocessors, two or three for each at a time, leave few idle in the last round."""
-    at_once = multiprocessors * (2 if units <= 2 * multiprocessors else 3)
-    return units >= MANY * multiprocessors or units >= FULL * at_once * cdiv(units, at_once)
+    """Whether units, three for each multiprocessor at a time, leave few places empty in the last of several rounds."""
+    at_once, rounds = 3 * multiprocessors, cdiv(units, 3 * multiprocessors)
+    return rounds == 1 or units >= MANY * multiprocessors or units >= FULL * at_once * rounds
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from trine.kernels.triton.launch import launch
 
 _FEW_ROWS = 16  # up to here a program has one row
 _SOME_ROWS = 256  # up to here the experts too are spread over programs
-_TILE_BYTES = 8192  # of the gate that a program of the few-rows kernel, which is one warp, holds
+_TILE_BYTES = 8192  # of the gate that a program of the few-rows kernel, which is one warp, holds; half of one row's
 _ONE_LAUNCH = 4096  # choices that are sorted by one launch
 _PART = 256  # choices that a program places, where there are two
 
@@ -252,7 +252,8 @@ def route(
     widest = next_power_of_2(hidden)
     early = early_launch(x.device)
     if num_rows <= _FEW_ROWS:
-        expert_block = max(_TILE_BYTES // x.itemsize // widest, 1)
+        tile_bytes = _TILE_BYTES // 2 if num_rows == 1 else _TILE_BYTES
+        expert_block = max(tile_bytes // x.itemsize // widest, 1)
         launch(
             _route_few_kernel, (cdiv(num_experts, expert_block), num_rows),
             x, gate, logits, arrivals, weights, chosen, *to_lists, hidden, num_experts, x.stride(0),
