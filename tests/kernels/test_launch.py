@@ -22,19 +22,19 @@ def norm(dtype: torch.dtype, rows: int, offset: int = 0) -> torch.Tensor:
 
 
 def test_what_is_recorded_is_not_launched() -> None:
-    with recording(Recorder(torch.device(DEVICE), 1)):
+    with recording(Recorder(torch.device(DEVICE))):
         assert not norm(torch.float32, 2).any()
     assert norm(torch.float32, 2).eq(1).all()
 
 
 def test_launches_count_again_after_an_error() -> None:
-    with pytest.raises(ValueError, match="residual"), recording(Recorder(torch.device(DEVICE), 1)):
+    with pytest.raises(ValueError, match="residual"), recording(Recorder(torch.device(DEVICE))):
         kernels.add_rms_norm(torch.ones(1, 64), torch.ones(2, 64), torch.ones(64), 1e-6)
     assert norm(torch.float32, 2).eq(1).all()
 
 
 def test_each_variant_is_noted_once() -> None:
-    recorder = Recorder(torch.device(DEVICE), 1)
+    recorder = Recorder(torch.device(DEVICE))
     with recording(recorder):
         norm(torch.float32, 2)
         norm(torch.float32, 7)

@@ -120,21 +120,20 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
 
 
 def _compile_kernels(worker: Worker, device: torch.device) -> None:
-    """By all processors at once, or from the disk what was compiled before: what a first short prompt needs now, the
-    rest while the first requests are served.
+    """Or load from the disk what was compiled before: what a first short prompt needs now, by all processors at once;
+    the rest while the first requests are served, by two threads, since parts of it hold the interpreter's lock.
     """
     from trine.kernels.triton.launch import Recorder, recording
 
     started = time.perf_counter()
-    recorder = Recorder(device, available_cpus())
+    recorder = Recorder(device)
     with recording(recorder):
         worker.rehearse(first=True)
-    needed = recorder.start()
+    needed = recorder.start(available_cpus())
     with recording(recorder):
         worker.rehearse(first=False)
-    others = recorder.start()
-    recorder.finish()
     wait(needed)
+    others = recorder.start(2)
     seconds = time.perf_counter() - started
     logger.info("%d kernels ready after %.1f s, %d more are compiled meanwhile", len(needed), seconds, len(others))
 

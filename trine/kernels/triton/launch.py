@@ -37,15 +37,12 @@ def launch(kernel: KernelInterface[Any], grid: tuple[int, ...], *args: Any, **op
 
 
 class Recorder:
-    """What launches would have had to compile, each variant of a kernel once; compiles it by so many threads: most of a
-    compilation holds no lock of Python's.
-    """
+    """What launches would have had to compile, each variant of a kernel once."""
 
-    def __init__(self, device: torch.device, threads: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.variants: dict[tuple[Any, ...], _Launch] = {}
         self._started = 0
         self._device = device
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="trine-compile")
 
     def note(
         self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
@@ -54,15 +51,16 @@ class Recorder:
         if variant not in self.variants:
             self.variants[variant] = kernel, grid, tuple(map(_stand_in, args)), options
 
-    def start(self) -> list[Future[None]]:
-        """Compile what was noted since the last start, in that order and behind what has been started."""
+    def start(self, threads: int) -> list[Future[None]]:
+        """Compile what was noted since the last start, in that order, by so many threads: the longer parts of a
+        compilation hold no lock of Python's.
+        """
         new = list(self.variants.values())[self._started :]
         self._started += len(new)
-        return [self._pool.submit(self._compile, *noted) for noted in new]
-
-    def finish(self) -> None:
-        """No more will be noted; what was started goes on."""
-        self._pool.shutdown(wait=False)
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="trine-compile")
+        compiled = [pool.submit(self._compile, *noted) for noted in new]
+        pool.shutdown(wait=False)  # its threads end with the last of them
+        return compiled
 
     def _compile(
         self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
