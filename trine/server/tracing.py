@@ -115,6 +115,9 @@ class Tracer:
         for request, ended in finished:
             trace: RequestTrace = request.trace
             request.trace = None
+            # an instance that answers by itself returns after its answer
+            request.compute_output_start_ns = min(request.compute_output_start_ns, ended)
+            request.compute_end_ns = min(request.compute_end_ns, ended)
             if self.settings.mode == "opentelemetry":
                 self._add_spans(request, trace, ended)
             else:
