@@ -59,6 +59,23 @@ async def test_rate_and_count(tmp_path: Path) -> None:
     assert not tracer.enabled
 
 
+async def test_computing_ends_no_later_than_its_request(tmp_path: Path) -> None:
+    """An instance that answers by itself returns, and is timed, after its answer is on its way."""
+    path = tmp_path / "t"
+    settings = TraceSettings(file=str(path))
+    settings.update("", {"trace_level": ["TIMESTAMPS"], "trace_rate": "1"})
+    tracer = Tracer(settings)
+    made = request()
+    assert tracer.enabled
+    tracer.start(made)
+    tracer.finish(made)
+    made.compute_output_start_ns = made.compute_end_ns = made.received_ns + 3_600_000_000_000
+    tracer.flush()
+    records = json.loads(path.read_text())
+    stamps = {stamp["name"]: stamp["ns"] for stamp in next(r for r in records if "timestamps" in r)["timestamps"]}
+    assert stamps["COMPUTE_OUTPUT_START"] == stamps["COMPUTE_END"] == stamps["REQUEST_END"]
+
+
 async def test_the_file_grows_and_splits(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     settings = TraceSettings(file=str(path), given={"trace_rate": 1, "trace_level": ["TIMESTAMPS", "TENSORS"]})
