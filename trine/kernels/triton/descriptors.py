@@ -20,5 +20,6 @@ def tiles_of(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     A tile's row has 32, 64 or a multiple of 128 bytes, and a tile has 8 rows or more.
     """
     columns = x.shape[-1]
+    spacing = x.stride(-2) if x.shape[-2] > 1 else columns  # a lone row's stride may be anything
     layout = _layout(block[1] * x.itemsize, 8 * x.itemsize)
-    return TensorDescriptor(x, [x.numel() // columns, columns], [x.stride(-2), 1], block, layout)
+    return TensorDescriptor(x, [x.numel() // columns, columns], [spacing, 1], block, layout)

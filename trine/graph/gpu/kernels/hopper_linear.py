@@ -22,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from trine.graph.gpu.kernels.epilogue import place
 from trine.kernels import fp8
+from trine.kernels.triton.descriptors import tiles_of
 from trine.kernels.triton.device import cdiv, num_multiprocessors
 from trine.kernels.triton.hopper_attention import async_load, barrier
 
@@ -242,15 +242,6 @@ def supports(inputs: int, outputs: int, itemsize: int, activation: str) -> bool:
     return inputs * itemsize % 16 == 0 and outputs % 16 == 0 and activation in ("", "relu", "gelu", "gelu_tanh")
 
 
-def _layout(block: list[int], itemsize: int) -> gl.NVMMASharedLayout:
-    swizzle = min(128, block[1] * itemsize)
-    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * itemsize, rank=2)
-
-
-def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], block, _layout(block, x.itemsize))
-
-
 def hopper_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -275,11 +266,11 @@ def hopper_linear(
     row_tiles, column_tiles = cdiv(rows.shape[0], tile[0]), cdiv(outputs, tile[1])
     name = "gelu_fast" if activation.startswith("gelu") else activation
     _linear_kernel[(min(num_multiprocessors(x.device), row_tiles * column_tiles),)](
-        _descriptor(rows, [64, k_block]),
-        _descriptor(weight, [first, k_block]),
-        _descriptor(weight, [second or first, k_block]),
-        _descriptor(y, [64, first]),
-        _descriptor(y, [64, second or first]),
+        tiles_of(rows, [64, k_block]),
+        tiles_of(weight, [first, k_block]),
+        tiles_of(weight, [second or first, k_block]),
+        tiles_of(y, [64, first]),
+        tiles_of(y, [64, second or first]),
         scales,
         bias,
         row_tiles,
