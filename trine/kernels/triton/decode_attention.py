@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 import triton
@@ -24,7 +22,14 @@ import triton.language as tl
 
 from trine.kernels import fp8
 from trine.kernels.fp8 import Fp8Rows
-from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, num_multiprocessors, wait_for_inputs
+from trine.kernels.triton.device import (
+    cdiv,
+    early_launch,
+    hopper_kernels,
+    next_power_of_2,
+    num_multiprocessors,
+    wait_for_inputs,
+)
 from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
@@ -177,19 +182,6 @@ def _decode_kernel(
 
 
 @cache
-def _hopper(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
-    """The kernels for bfloat16 on Hopper GPUs, on one with a Triton that has Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        return import_module("trine.kernels.triton.register_decode"), import_module(
-            "trine.kernels.triton.hopper_decode"
-        )
-    except ImportError:
-        return None
-
-
-@cache
 def _arrivals(device: torch.device, size: int) -> torch.Tensor:
     """Zeroed counters, which every launch leaves at zero: kernels of one device run in one stream at a time."""
     return torch.zeros(size, dtype=torch.int32, device=device)
@@ -212,13 +204,14 @@ def decode_attention(
     A float8 cache holds keys and values divided by `k_scale` and `v_scale`. Without a `tuning`, Hopper's own kernel for
     few sequences runs where it can.
     """
-    hopper = _hopper(q.device) if tuning is None else None
-    if hopper is not None and hopper[0].supports(q, k_cache, batch):
-        hopper[0].register_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
-        return
-    if hopper is not None and hopper[1].supports(q, k_cache, batch.num_decodes):
-        hopper[1].hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
-        return
+    if tuning is None:
+        alone, few = (hopper_kernels(q.device, name) for name in ("register_decode", "hopper_decode"))
+        if alone is not None and alone.supports(q, k_cache, batch):
+            alone.register_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+            return
+        if few is not None and few.supports(q, k_cache, batch.num_decodes):
+            few.hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+            return
     tuning = tuning or DecodeTuning()
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -282,10 +275,10 @@ def decode_attention_rows(
     """Attention of q [T, Hq, D] rounded to float8, a scale for the heads of each key-value head, where every sequence
     has one new token and a kernel does that; else None.
     """
-    hopper = _hopper(q.device)
-    if hopper is None or batch.num_decodes < q.shape[0] or not hopper[1].supports(q, k_cache, batch.num_decodes):
+    hopper = hopper_kernels(q.device, "hopper_decode")
+    if hopper is None or batch.num_decodes < q.shape[0] or not hopper.supports(q, k_cache, batch.num_decodes):
         return None
     values = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=fp8.DTYPE, device=q.device)
     scales = torch.empty((q.shape[0], k_cache.shape[1]), dtype=torch.float32, device=q.device)
-    hopper[1].hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, values, scales)
+    hopper.hopper_decode_attention(q, k_cache, v_cache, batch, scale, sliding_window, values, scales)
     return Fp8Rows(values, scales, q.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +19,17 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def hopper_kernels(device: torch.device, name: str) -> ModuleType | None:
+    """A module of this package's kernels for Hopper, on such a GPU and with a Triton that has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module(f"trine.kernels.triton.{name}")
+    except ImportError:
+        return None
 
 
 @triton.jit

@@ -21,13 +21,12 @@ from trine.kernels import fp8
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows, RowToNorm, StoredRows
 from trine.kernels.triton.activation import silu_mul
 from trine.kernels.triton.decode_attention import decode_attention_rows
-from trine.kernels.triton.device import early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.device import early_launch, hopper_kernels, next_power_of_2, wait_for_inputs
 from trine.kernels.triton.fp8_linear import MAX_ROWS, fp8_linear
 from trine.kernels.triton.gated_linear import fused
 from trine.kernels.triton.launch import launch
 from trine.kernels.triton.norm import as_parts, sum_of_parts
 from trine.kernels.triton.small_linear import (
-    hopper,
     of_one_row,
     small_gated_linear,
     small_linear,
@@ -276,7 +275,7 @@ def linear_silu_mul_rows(x: Rows, weight: Fp8Weight, bias: torch.Tensor | None =
 
 def _streams(x: StoredRows, weight: Fp8Weight) -> ModuleType | None:
     """The module whose product is the fastest for few rows, None where it is not or can't be."""
-    stream = hopper(x.device, "stream_linear") if isinstance(x, Fp8Rows) else None
+    stream = hopper_kernels(x.device, "stream_linear") if isinstance(x, Fp8Rows) else None
     return stream if stream is not None and stream.can_stream(x, weight) else None
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-
 import torch
 
 from trine.kernels.fp8 import Fp8Weight, RowToNorm, StoredRows
 from trine.kernels.triton.activation import silu_mul
+from trine.kernels.triton.device import hopper_kernels
 from trine.kernels.triton.small_linear import is_ours, linear, of_one_row, small_gated_linear, streams
 
 FUSED_ROWS = 1024
@@ -21,22 +18,11 @@ FULL = ((512, 0.84), (FUSED_ROWS - 1, 0.9))
 """The least share of the multiprocessors' time that is to be used, up to so many rows."""
 
 
-@cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The kernel for Hopper GPUs, on one with a Triton that has Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        return import_module("trine.kernels.triton.hopper_gated")
-    except ImportError:
-        return None
-
-
 def fused(x: StoredRows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
     """silu(gate) * up of the product, [T, I], by one kernel; None where there is none for it."""
     if bias is not None or x.shape[0] < FULL_ROWS.start:
         return None
-    hopper = _hopper(x.device)
+    hopper = hopper_kernels(x.device, "hopper_gated")
     if hopper is None or not hopper.supports(x, weight):
         return None
     num_rows, outputs = x.shape[0], weight.shape[0] // 2

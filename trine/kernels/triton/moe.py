@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 
 from trine.kernels.fp8 import Fp8Weight
-from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, hopper_kernels, next_power_of_2, wait_for_inputs
 from trine.kernels.triton.launch import launch
 from trine.kernels.triton.moe_grouped import Tuning, matrix_product, stream_product
 from trine.kernels.triton.moe_route import Groups, Lists, group, route
@@ -165,17 +162,6 @@ def _stacked(weight: Weight | Sequence[Weight]) -> tuple[torch.Tensor, torch.Ten
     return weight, None
 
 
-@cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The products for a Hopper GPU and a Triton that has Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        return import_module("trine.kernels.triton.hopper_moe")
-    except ImportError:
-        return None
-
-
 def _experts(
     x: torch.Tensor,
     weights: Mixture,
@@ -193,7 +179,7 @@ def _experts(
         groups = group(chosen, gate_up.shape[0], plan.row_block)
         h = matrix_product(gather_rows(x, groups, top_k), gate_up, groups, plan.gate_up, silu=True)
         return combine(matrix_product(h, down, groups, plan.down, silu=False), groups, shares, after)
-    own, hopper = (lists, chosen.numel()), _hopper(x.device)
+    own, hopper = (lists, chosen.numel()), hopper_kernels(x.device, "hopper_moe")
     few = hopper is not None and plan.row_block <= hopper.MAX_ROW_BLOCK
     if hopper is not None and few and hopper.can_stream(x, gate_up) and hopper.can_stream(x, down):
         h = hopper.stream_product(x, gate_up, *own, top_k, plan.row_block, silu=True)

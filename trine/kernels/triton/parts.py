@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-
 import torch
 
 from trine.kernels.fp8 import DTYPE, Fp8Weight, Rows, RowToNorm
+from trine.kernels.triton.device import hopper_kernels
 
 PARTS_ROWS = {torch.bfloat16: (range(88, 129), range(216, 257)), DTYPE: (range(65, 512),)}
 """Numbers of rows, by the weights' type, that the library takes longer for; fewer are streamed."""
-
-
-@cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The kernel for Hopper GPUs, on one with a Triton that has Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        return import_module("trine.kernels.triton.hopper_matrix")
-    except ImportError:
-        return None
 
 
 def in_parts(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -32,7 +18,7 @@ def in_parts(x: Rows, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | Non
     values = weight.values if isinstance(weight, Fp8Weight) else weight
     if isinstance(x, RowToNorm) or not any(x.shape[0] in rows for rows in PARTS_ROWS.get(values.dtype, ())):
         return None
-    hopper = _hopper(x.device)
+    hopper = hopper_kernels(x.device, "hopper_matrix")
     if hopper is None or not hopper.supports(x, weight):
         return None
     parts: torch.Tensor = hopper.linear_parts(x, weight, bias)

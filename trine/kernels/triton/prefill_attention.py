@@ -10,16 +10,20 @@ The walk starts at a multiple of `kv_block`, so that a row's sums do not depend 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 
 from trine.kernels.triton.decode_attention import LOG2_E
-from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, sequences_block, wait_for_inputs
+from trine.kernels.triton.device import (
+    cdiv,
+    early_launch,
+    hopper_kernels,
+    next_power_of_2,
+    sequences_block,
+    wait_for_inputs,
+)
 from trine.kernels.triton.launch import launch
 from trine.kernels.types import PagedBatch
 
@@ -41,17 +45,6 @@ def _tuning(head_dim: int, dtype: torch.dtype) -> PrefillTuning:
     if head_dim > 128:
         return PrefillTuning(row_block=64, kv_block=32, num_warps=4, num_stages=2)
     return PrefillTuning()
-
-
-@cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The kernel for Hopper GPUs, on one with a Triton that has Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        return import_module("trine.kernels.triton.hopper_attention")
-    except ImportError:
-        return None
 
 
 @triton.jit
@@ -166,7 +159,7 @@ def prefill_attention(
 
     Without a `tuning`, Hopper's own kernel runs where it can.
     """
-    hopper = _hopper(q.device) if tuning is None else None
+    hopper = hopper_kernels(q.device, "hopper_attention") if tuning is None else None
     if hopper is not None and hopper.supports(q, k_cache):
         hopper.hopper_prefill_attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
         return

@@ -8,8 +8,6 @@ is small. So a program's whole job is to have many bytes in flight: it asks for 
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -18,7 +16,7 @@ import triton
 import triton.language as tl
 
 from trine.kernels.fp8 import Fp8Rows, Fp8Weight, Rows, RowToNorm
-from trine.kernels.triton.device import cdiv, early_launch, next_power_of_2, wait_for_inputs
+from trine.kernels.triton.device import cdiv, early_launch, hopper_kernels, next_power_of_2, wait_for_inputs
 from trine.kernels.triton.launch import launch
 
 MAX_ROWS = 4
@@ -306,17 +304,6 @@ def small_qkv_linear(
     return q
 
 
-@cache
-def hopper(device: torch.device, name: str) -> ModuleType | None:
-    """A module of kernels for few rows, on a Hopper GPU with a Triton that has Gluon."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        return import_module(f"trine.kernels.triton.{name}")
-    except ImportError:
-        return None
-
-
 def is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a product of one row of x is ours: of a 16-bit type."""
     return weight.itemsize == 2 and weight.dtype == x.dtype and weight.stride(1) == 1
@@ -326,7 +313,7 @@ def streams(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
     """The module whose product is the fastest for few rows of x, None where it is not or can't be."""
     if not (is_ours(x, weight) and 1 < x.shape[0] <= STREAMED_ROWS and weight.nbytes >= STREAMED_BYTES):
         return None
-    stream = hopper(weight.device, "stream_linear")
+    stream = hopper_kernels(weight.device, "stream_linear")
     return stream if stream is not None and stream.can_stream(x, weight) else None
 
 
@@ -334,7 +321,7 @@ def of_one_row(x: Rows, weight: torch.Tensor | Fp8Weight) -> ModuleType | None:
     """The module whose product of one row is the fastest, None where it can't be."""
     if isinstance(x, Fp8Rows) or x.shape[0] != 1:
         return None
-    module = hopper(x.device, "register_linear")
+    module = hopper_kernels(x.device, "register_linear")
     return module if module is not None and module.supports(x, weight) else None
 
 
