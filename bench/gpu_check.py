@@ -196,7 +196,8 @@ def check_register_linear(chooser: random.Random, dtype: torch.dtype) -> Iterato
     ):
         expected = reference.linear(plain, wide, None if bias is None else bias.double())
         name, error, _ = compare("register_linear", register_linear(x, weight, bias, torch.float32), expected.float())
-        yield name, error, 1e-3
+        terms = (plain**2 @ (wide**2).T).sqrt().norm() / expected.norm()  # few outputs may be small by cancellation
+        yield name, error, 1e-3 * max(1.0, float(terms))
         total = residual.clone()
         register_linear_add(x, weight, bias, total)
         yield compare("register_linear_add", total, (residual.double() + expected).to(dtype))
