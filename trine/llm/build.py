@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import time
-from concurrent.futures import wait
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -90,7 +90,7 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         eos_token_ids=config.eos_token_ids,
     )
     if device.type == "cuda":
-        _compile_kernels(worker, device)
+        _compile_kernels(worker)
     inline = device.type == "cuda" or not options.async_loop
     executor: Executor = InlineExecutor(worker) if inline else ThreadExecutor(worker)
     core = EngineCore(
@@ -119,21 +119,26 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
     return core, info
 
 
-def _compile_kernels(worker: Worker, device: torch.device) -> None:
-    """Or load from the disk what was compiled before: what a first short prompt needs now, by all processors at once;
-    the rest while the first requests are served, by two threads, since parts of it hold the interpreter's lock.
+def _compile_kernels(worker: Worker) -> None:
+    """Or load from the disk what was compiled before: what a first short prompt needs now; the rest while the first
+    requests are served.
     """
+    from trine.kernels.triton.compile_ahead import Compilation
     from trine.kernels.triton.launch import Recorder, recording
 
     started = time.perf_counter()
-    recorder = Recorder(device)
+    processes = available_cpus()
+    recorder = Recorder()
     with recording(recorder):
         worker.rehearse(first=True)
-    needed = recorder.start(available_cpus())
-    with recording(recorder):
-        worker.rehearse(first=False)
-    wait(needed)
-    others = recorder.start(2)
+    needed = recorder.new()
+    with closing(Compilation(needed, processes)) as compilation:
+        with recording(recorder):
+            worker.rehearse(first=False)
+        others = recorder.new()
+        worker.compilation = Compilation(others, processes, background=True)
+        worker.compilation.start()
+        compilation.load()
     seconds = time.perf_counter() - started
     logger.info("%d kernels ready after %.1f s, %d more are compiled meanwhile", len(needed), seconds, len(others))
 

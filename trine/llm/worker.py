@@ -20,6 +20,7 @@ from trine.llm.scheduler import SchedulerLimits, Step
 from trine.llm.warmup import rehearse_sampling, rehearsed_batches
 
 if TYPE_CHECKING:
+    from trine.kernels.triton.compile_ahead import Compilation
     from trine.llm.small_steps import SmallSteps
 
 
@@ -52,6 +53,7 @@ class Worker:
         self.device = device
         self.limits = limits
         self.eos_token_ids = eos_token_ids
+        self.compilation: Compilation | None = None  # of kernels that later steps may need
         self.sampler = Sampler(limits.max_num_seqs, vocab_size, device)
         # The last entry is for rows that only pad a batch.
         self.last_token = torch.zeros(limits.max_num_seqs + 1, dtype=torch.int64, device=device)
@@ -304,6 +306,8 @@ def release(executor: InlineExecutor | ThreadExecutor) -> None:
     if not hasattr(executor, "_worker"):
         return  # closed before
     on_gpu = executor._worker.device.type == "cuda"
+    if executor._worker.compilation is not None:
+        executor._worker.compilation.close()
     del executor._worker
     if on_gpu:
         gc.unfreeze()  # what was frozen when the engine was built

@@ -1,16 +1,14 @@
 """Launching kernels, and compiling them before their first launch.
 
 Every kernel of this package goes through `launch`. While a thread is `recording`, its launches are noted and not done:
-a pass over a model then shows what its steps need, which is compiled by all processors at once, where launches compile
-one kernel after the other as they come.
+a pass over a model then shows what its steps need, which `compile_ahead` compiles by all processors at once, where
+launches compile one kernel after the other as they come.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-logger = logging.getLogger(__name__)
+Launch = tuple[KernelInterface[Any], tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+"""Kernel, grid, what is passed by place, what is passed by name."""
 
 
 class _Thread(threading.local):
@@ -39,10 +38,9 @@ def launch(kernel: KernelInterface[Any], grid: tuple[int, ...], *args: Any, **op
 class Recorder:
     """What launches would have had to compile, each variant of a kernel once."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.variants: dict[tuple[Any, ...], _Launch] = {}
-        self._started = 0
-        self._device = device
+    def __init__(self) -> None:
+        self.variants: dict[tuple[Any, ...], Launch] = {}
+        self._told = 0
 
     def note(
         self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
@@ -51,29 +49,11 @@ class Recorder:
         if variant not in self.variants:
             self.variants[variant] = kernel, grid, tuple(map(_stand_in, args)), options
 
-    def start(self, threads: int) -> list[Future[None]]:
-        """Compile what was noted since the last start, in that order, by so many threads: the longer parts of a
-        compilation hold no lock of Python's.
-        """
-        new = list(self.variants.values())[self._started :]
-        self._started += len(new)
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="trine-compile")
-        compiled = [pool.submit(self._compile, *noted) for noted in new]
-        pool.shutdown(wait=False)  # its threads end with the last of them
-        return compiled
-
-    def _compile(
-        self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        try:
-            with torch.cuda.device(self._device):
-                compiled = kernel.warmup(*args, grid=grid, **options)
-                compiled._init_handles()  # the launcher, and the code's place on the device
-        except Exception:  # its first launch, if there is one, says it again
-            logger.warning("a kernel could not be compiled ahead of its first launch", exc_info=True)
-
-
-_Launch = tuple[KernelInterface[Any], tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+    def new(self) -> list[Launch]:
+        """What was noted since the last call, in that order."""
+        new = list(self.variants.values())[self._told :]
+        self._told += len(new)
+        return new
 
 
 def _kind(arg: Any) -> Any:
