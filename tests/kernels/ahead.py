@@ -48,7 +48,7 @@ def noted(run: Callable[[], object]) -> list[Launch]:
     recorder = Recorder()
     with recording(recorder):
         run()
-    return recorder.new()
+    return list(recorder.variants.values())
 
 
 def norms(columns: int) -> list[Launch]:
@@ -78,30 +78,36 @@ def main() -> None:
     driver.set_active(WITHOUT_GPU)
     knobs.compilation.listener = lambda src, metadata, metadata_group, times, cache_hit: found.append(cache_hit)
 
-    Compilation([*product(), *norms(1024)], 2).load()
+    needed, others = Compilation(product(), 2), Compilation(norms(1024), 2, background=True)
+    needed.start()
+    others.start(after=needed)
+    needed.wait()
+    others.wait()
     report(case="compiled")
 
-    killed = Compilation(norms(2048), 1)
-    while not (working := children(killed._foreman or 0)):
+    compilation = Compilation(norms(2048), 1)
+    while not (working := children(compilation._foreman or 0)):
         time.sleep(0.001)
     os.kill(working[0], signal.SIGKILL)
-    killed.load()
+    compilation.start()
+    compilation.wait()
     report(case="one killed")
 
-    killed = Compilation(norms(4096), 2)
-    os.kill(killed._foreman or 0, signal.SIGKILL)
-    killed.load()
+    compilation = Compilation(norms(4096), 2)
+    os.kill(compilation._foreman or 0, signal.SIGKILL)
+    compilation.start()
+    compilation.wait()
     report(case="all killed")
 
-    closed = Compilation(norms(8192), 1, background=True)
-    closed.start()
-    closed.close()
+    compilation = Compilation(norms(8192), 1)
+    compilation.start()
+    compilation.close()
     report(case="closed")
 
-    orphans = Compilation(norms(16384), 1)
-    while not (working := children(orphans._foreman or 0)):
+    compilation = Compilation(norms(16384), 1)
+    while not (working := children(compilation._foreman or 0)):
         time.sleep(0.001)
-    report(case="orphaned", left=[orphans._foreman, *working])
+    report(case="orphaned", left=[compilation._foreman, *working])
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 import time
-from contextlib import closing
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +41,8 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
     """Load the model and size everything; TrineErrors say what does not fit or is not there."""
     started = time.perf_counter()
     device = choose_device(options.device)
+    if device.type == "cuda":
+        threading.Thread(target=_prepare_compiler).start()
     threads = options.threads or available_cpus()
     ops.set_num_threads(threads)
     directory = resolve_model(options.model)
@@ -54,20 +58,27 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         raise ModelLoadError(
             f"this model's attention can't run on {device.type}: {'; '.join(refusals)}; use --device cpu"
         )
-    model, config = load_model(
+    max_num_seqs = options.max_num_seqs or (256 if device.type == "cuda" else 128)
+    max_tokens = options.max_num_batched_tokens or (8192 if device.type == "cuda" else 512)
+    max_tokens = max(max_tokens, max_num_seqs)
+    block_size = options.block_size or (64 if device.type == "cuda" else 16)
+    load = partial(
+        load_model,
         directory,
         dtype=dtype,
         device=device,
         quantization=options.quantization,
         cache_dtype=fp8.DTYPE if options.cache_dtype == "fp8" else None,
-        load_format=options.load_format,
         max_model_len=max_model_len,
     )
+    compilations = None
+    if device.type == "cuda":
+        from trine.llm.rehearsal import compile_kernels
+
+        limits = SchedulerLimits(max_num_seqs, max_tokens, block_size, max_model_len, options.enable_prefix_caching)
+        compilations = compile_kernels(lambda short: load(config=short, load_format="dummy")[0], config, device, limits)
+    model, _ = load(config=config, load_format=options.load_format)
     loaded = time.perf_counter()
-    max_num_seqs = options.max_num_seqs or (256 if device.type == "cuda" else 128)
-    max_tokens = options.max_num_batched_tokens or (8192 if device.type == "cuda" else 512)
-    max_tokens = max(max_tokens, max_num_seqs)
-    block_size = options.block_size or (64 if device.type == "cuda" else 16)
     plan = plan_cache(
         model.cache_specs(),
         device=device,
@@ -89,8 +100,11 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         num_blocks=plan.num_blocks,
         eos_token_ids=config.eos_token_ids,
     )
-    if device.type == "cuda":
-        _compile_kernels(worker)
+    if compilations is not None:
+        waiting = time.perf_counter()
+        needed, worker.compilation = compilations
+        needed.wait()
+        logger.info("waited %.1f s for the first kernels", time.perf_counter() - waiting)
     inline = device.type == "cuda" or not options.async_loop
     executor: Executor = InlineExecutor(worker) if inline else ThreadExecutor(worker)
     core = EngineCore(
@@ -119,28 +133,11 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
     return core, info
 
 
-def _compile_kernels(worker: Worker) -> None:
-    """Or load from the disk what was compiled before: what a first short prompt needs now; the rest while the first
-    requests are served.
-    """
-    from trine.kernels.triton.compile_ahead import Compilation
-    from trine.kernels.triton.launch import Recorder, recording
+def _prepare_compiler() -> None:
+    from trine.kernels.triton.compile_ahead import prepare
 
-    started = time.perf_counter()
-    processes = available_cpus()
-    recorder = Recorder()
-    with recording(recorder):
-        worker.rehearse(first=True)
-    needed = recorder.new()
-    with closing(Compilation(needed, processes)) as compilation:
-        with recording(recorder):
-            worker.rehearse(first=False)
-        others = recorder.new()
-        worker.compilation = Compilation(others, processes, background=True)
-        worker.compilation.start()
-        compilation.load()
-    seconds = time.perf_counter() - started
-    logger.info("%d kernels ready after %.1f s, %d more are compiled meanwhile", len(needed), seconds, len(others))
+    with suppress(Exception):  # whoever compiles says it
+        prepare()
 
 
 def _context(options: EngineOptions, config: ModelConfig) -> int:

@@ -85,24 +85,28 @@ def load_model(
     cache_dtype: torch.dtype | None = None,
     load_format: str = "auto",
     max_model_len: int | None = None,
+    config: ModelConfig | None = None,
 ) -> tuple[CausalLM, ModelConfig]:
     """The model of a checkpoint directory, and its configuration.
 
     load_format "dummy" needs config.json only and draws random weights. `max_model_len` is the longest context that
     will be served (default: all that the checkpoint allows): tables of positions have that length. A checkpoint in
     float8 is used as it is unless `quantization` says otherwise. `cache_dtype` is that of keys and values, by default
-    `dtype`. Raises ModelLoadError naming the file, tensor or key that is wrong.
+    `dtype`; `config` is the directory's unless given. Raises ModelLoadError naming the file, tensor or key that is
+    wrong.
     """
     directory = Path(directory)
-    config = ModelConfig.from_directory(directory)
+    config = config or ModelConfig.from_directory(directory)
     stored = config.hf.get("quantization_config")
     if stored and not is_fp8_checkpoint(stored):
         raise ModelLoadError(
             f"{directory} holds weights quantised by {stored.get('quant_method', 'unknown')!r}, which is not "
             "supported: take one in float8, or the original, with quantization='int8' if it has to be small"
         )
-    as_stored = stored and quantization is None and load_format == "auto"
-    method = stored_method(device) if as_stored else linear_method(quantization, device)
+    if stored and quantization is None:
+        method = stored_method(device, load_format == "dummy")
+    else:
+        method = linear_method(quantization, device)
     build = Build(device, dtype, method, max_model_len or config.max_model_len, cache_dtype)
     model = decoder_class(config.architecture)(config, build).eval()
     if load_format == "dummy":

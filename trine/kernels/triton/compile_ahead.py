@@ -36,20 +36,24 @@ THREADS = 4
 """That compile what the processes did not."""
 
 
+_preparing = threading.Lock()
+
+
 def prepare() -> None:
     """Make what every kernel needs, once in a process: the driver's functions, which a C compiler builds if no cache
     has them, and a hash of Triton's libraries, which is part of every key. Neither holds the interpreter's lock long.
     """
-    driver.active.get_current_device()
-    if hasattr(cache, "triton_key"):
-        cache.triton_key()
+    with _preparing:
+        _ = driver.active
+        if hasattr(cache, "triton_key"):
+            cache.triton_key()
 
 
 class Compilation:
-    """Of the kernels of `launches`, in that order, by so many processes at a time; it has begun. In the `background`
+    """Of the kernels of some launches, by so many processes at a time, in that order; it has begun. In the `background`
     it leaves processors to whoever else wants them.
 
-    Either `load` or `start` what comes of it.
+    A thread, to be started, loads them into this process as they come, and compiles what the processes failed to.
     """
 
     def __init__(self, launches: Sequence[Launch], processes: int, *, background: bool = False) -> None:
@@ -57,45 +61,48 @@ class Compilation:
         self._launches = launches
         self._device = driver.active.get_current_device()
         self._closed = False
-        self._thread = threading.Thread(target=self.load, name="trine-compile")
         self._finished, results = Pipe(duplex=False)
         target, parent = driver.active.get_current_target(), os.getpid()
-        self._foreman: int | None = _fork()
+        self._foreman = _fork()
         if self._foreman == 0:
-            _oversee(launches, results, parent, processes, 19 if background else 0, self._device, target)
+            _oversee(launches, processes, 19 if background else 0, results, parent, self._device, target)
         results.close()
 
-    def load(self) -> None:
-        """Load kernels into this process as they are compiled, and compile here what the processes failed to."""
-        driver.active.set_current_device(self._device)
-        left = dict(enumerate(self._launches))
+    def start(self, after: Compilation | None = None) -> None:
+        """Start the thread, or have it wait for another's first."""
+        self._thread = threading.Thread(target=self._load_all, args=(after,), name="trine-compile")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all kernels are loaded, or can't be."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Leave the rest to launches, and end the processes."""
+        self._closed = True
+        self._thread.join()
+
+    def _load_all(self, after: Compilation | None) -> None:
+        left = set(range(len(self._launches)))
         try:
+            if after is not None:
+                after.wait()
+            driver.active.set_current_device(self._device)
             for index in self._indices():
-                self._load(left.pop(index))
+                left.remove(index)
+                self._load(index)
         finally:
             self._end()
         if left and not self._unwanted():
             logger.warning("%d kernels could not be compiled by processes of their own: threads do it", len(left))
             here = (self._device,)
             with ThreadPoolExecutor(THREADS, "trine-compile", driver.active.set_current_device, here) as pool:
-                list(pool.map(self._load, left.values()))
+                list(pool.map(self._load, sorted(left)))
 
-    def start(self) -> None:
-        """`load` in a thread of its own."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Leave the rest to launches, and end the processes."""
-        self._closed = True
-        if self._thread.is_alive():
-            self._thread.join()
-        else:
-            self._end()
-
-    def _load(self, launch: Launch) -> None:
+    def _load(self, index: int) -> None:
         if self._unwanted():
             return
-        kernel, grid, args, options = launch
+        kernel, grid, args, options = self._launches[index]
         try:
             compiled = kernel.warmup(*args, grid=grid, **options)
             compiled._init_handles()  # the launcher, and the code's place on the device
@@ -114,10 +121,11 @@ class Compilation:
                 break
 
     def _unwanted(self) -> bool:
-        """Also when the interpreter ends, which waits for threads."""
-        return self._closed or (self._thread.is_alive() and not threading.main_thread().is_alive())
+        """Also when the program is at its end, and the interpreter waits for its threads."""
+        return self._closed or not threading.main_thread().is_alive()
 
     def _end(self) -> None:
+        self._finished.close()
         if self._foreman is None:
             return
         for end in (os.killpg, os.kill):  # it may have no group yet
@@ -125,8 +133,6 @@ class Compilation:
                 end(self._foreman, signal.SIGKILL)
         with suppress(ChildProcessError):  # of a program that ignores its children's ends, or collects all of them
             os.waitpid(self._foreman, 0)
-        self._foreman = None
-        self._finished.close()
 
 
 def _fork() -> int | None:
@@ -146,10 +152,10 @@ def _fork() -> int | None:
 
 def _oversee(
     launches: Sequence[Launch],
-    results: Connection,
-    parent: int,
     processes: int,
     niceness: int,
+    results: Connection,
+    parent: int,
     device: int,
     target: Any,
 ) -> NoReturn:

@@ -40,7 +40,6 @@ class Recorder:
 
     def __init__(self) -> None:
         self.variants: dict[tuple[Any, ...], Launch] = {}
-        self._told = 0
 
     def note(
         self, kernel: KernelInterface[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
@@ -48,12 +47,6 @@ class Recorder:
         variant = (kernel, *map(_kind, args), *options.items())
         if variant not in self.variants:
             self.variants[variant] = kernel, grid, tuple(map(_stand_in, args)), options
-
-    def new(self) -> list[Launch]:
-        """What was noted since the last call, in that order."""
-        new = list(self.variants.values())[self._told :]
-        self._told += len(new)
-        return new
 
 
 def _kind(arg: Any) -> Any:
@@ -72,9 +65,9 @@ def _aligned(tensor: torch.Tensor) -> bool:
 
 
 def _stand_in(arg: Any) -> Any:
-    """The same to a compiler, without the memory: a tensor at address 0."""
+    """The same to a compiler, without the memory: a tensor at address 0, or just beyond."""
     if isinstance(arg, torch.Tensor):
-        return torch.empty_like(arg, device="meta") if _aligned(arg) else arg
+        return torch.empty(2, dtype=arg.dtype, device="meta")[0 if _aligned(arg) else 1 :]
     return replace(arg, base=_stand_in(arg.base)) if hasattr(arg, "base") else arg
 
 

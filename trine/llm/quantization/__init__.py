@@ -37,9 +37,11 @@ def linear_method(name: str | None, device: torch.device) -> LinearMethod:
     return METHODS[name]()
 
 
-def stored_method(device: torch.device) -> LinearMethod:
-    """The method for a checkpoint of float8 weights: as they are where the device multiplies them, else widened."""
-    return Fp8(as_stored=True) if _has_fp8(device) else LinearMethod()
+def stored_method(device: torch.device, dummy: bool = False) -> LinearMethod:
+    """The method for a checkpoint of float8 weights: as they are where the device multiplies them, else widened. With
+    `dummy` weights, which are not stored, every linear layer is float8.
+    """
+    return Fp8(as_stored=not dummy) if _has_fp8(device) else LinearMethod()
 
 
 def _has_fp8(device: torch.device) -> bool:
