@@ -43,6 +43,11 @@ class Batch:
     prefill_tiles: torch.Tensor | None = None
     num_used: torch.Tensor | None = None
 
+    def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The wanted rows of what a model returned."""
+        rows = self.output_rows
+        return hidden if rows is None or len(hidden) == len(rows) else hidden[rows]
+
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:

@@ -165,13 +165,12 @@ class StepGraphs:
             num_decodes=size.decodes,
             max_query_len=max(num_tokens - size.decodes, 1),
             max_seq_len=SHORT_CONTEXT if short else self._block_table.shape[1] * self._block_size,
+            output_rows=output_rows if size.tokens else None,
             settled=not size.tokens,
             num_used=self._step[HEADER - 1 : HEADER],
         )
         stage(self._step, self._last_token, self._table, self._block_size, token_ids, batch, rows, output_rows)
-        hidden = self.model(token_ids, batch)
-        if size.tokens:
-            hidden = hidden[output_rows]
+        hidden = batch.outputs(self.model(token_ids, batch))
         return choose_greedy(self.model.compute_logits(hidden), rows, self._last_token) if greedy else hidden
 
     def _capture(self, size: Size, greedy: bool, short: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:

@@ -81,10 +81,7 @@ class Worker:
         assert self._small_steps is not None
         self._small_steps.rehearse(first)
         for token_ids, batch in () if first else rehearsed_batches(self.limits, self.device):
-            assert batch.output_rows is not None
-            hidden = self.model(token_ids, batch)
-            if len(hidden) > len(batch.output_rows):
-                hidden = hidden[batch.output_rows]
+            hidden = batch.outputs(self.model(token_ids, batch))
             rehearse_sampling(self.sampler, self.model.compute_logits(hidden))
 
     @torch.inference_mode()

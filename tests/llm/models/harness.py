@@ -57,8 +57,12 @@ class PagedModel:
         self.blocks[name], self.lengths[name] = [], 0
         return name
 
-    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
-        """Append tokens to sequences; returns each one's logits [n, V], in the order of `work`."""
+    def step(
+        self, work: Sequence[tuple[int, Sequence[int]]], wanted: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Append tokens to sequences; returns each one's logits [n, V], in the order of `work`, or with `wanted` those
+        [1, V] of the last tokens of these entries of `work`.
+        """
         order = sorted(range(len(work)), key=lambda i: len(work[i][1]) != 1)  # decodes first
         positions: list[int] = []
         slots: list[int] = []
@@ -89,8 +93,14 @@ class PagedModel:
             max_query_len=max(len(new) for _, new in work),
             max_seq_len=max(lengths),
         )
+        if wanted is not None:
+            last = {i: starts[at + 1] - 1 for at, i in enumerate(order)}
+            ascending = sorted(wanted, key=lambda i: last[i])
+            batch.output_rows = torch.tensor([last[i] for i in ascending], dtype=torch.int64)
         with torch.inference_mode():
-            logits = self.model.compute_logits(self.model(torch.tensor(tokens), batch))
+            logits = self.model.compute_logits(batch.outputs(self.model(torch.tensor(tokens), batch)))
+        if wanted is not None:
+            return [logits[ascending.index(i)][None] for i in wanted]
         results: list[torch.Tensor] = [logits] * len(work)
         for at, i in enumerate(order):
             results[i] = logits[starts[at] : starts[at + 1]]

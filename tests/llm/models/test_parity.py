@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,28 @@ def test_the_reference_kernels_equal_transformers(family: str, tmp_path: Path) -
     with ops.reference_only(), torch.no_grad():
         for logits, ids in zip(chunked(PagedModel(tmp_path), sequences, seed=2), sequences, strict=True):
             assert relative_error(logits, theirs(torch.tensor([ids])).logits[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3Moe", "GPT2"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_only_what_is_wanted_of_a_step(family: str, reference: bool, tmp_path: Path) -> None:
+    """The last layer may leave other tokens out: what comes later is as if it had not."""
+    build(next(case for case in CASES if case.family == family), tmp_path)
+    prompt, decoding = prompts([50, 22])
+    with ops.reference_only() if reference else nullcontext():
+        whole, ours = PagedModel(tmp_path), PagedModel(tmp_path)
+        a, b, c, d = (model.new_sequence() for model in (whole, whole, ours, ours))
+        steps: list[tuple[list[int], list[int], list[int]]] = [
+            (prompt[:20], decoding[:20], []),
+            (prompt[20:40], decoding[20:21], [1]),
+            (prompt[40:], decoding[21:], [1, 0]),
+        ]
+        for first, second, wanted in steps:
+            expected = whole.step([(a, first), (b, second)])
+            logits = ours.step([(c, first), (d, second)], wanted)
+            assert len(logits) == len(wanted)
+            for entry, own in zip(wanted, logits, strict=True):
+                assert relative_error(own[0], expected[entry][-1]) <= TOLERANCE
 
 
 def chunked(model: PagedModel, sequences: list[list[int]], seed: int) -> list[torch.Tensor]:

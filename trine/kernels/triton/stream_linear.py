@@ -43,12 +43,10 @@ def _first_row(tile, tiles_a_jump, jump, n_block: gl.constexpr, paired: gl.const
 
 @gluon.jit
 def _fetch_weights(
-    w_desc, x_desc, step, k_steps, tiles_a_jump, jump, pair_distance, ready, ring, wanted,
+    w_desc, step, k_steps, tiles_a_jump, jump, pair_distance, ready, ring, wanted,
     n_block: gl.constexpr, k_block: gl.constexpr, paired: gl.constexpr,
 ):  # fmt: skip
-    """Ask for the weights of a step; `ready` will count their bytes and x's."""
-    size: gl.constexpr = n_block * k_block * w_desc.dtype.primitive_bitwidth // 8
-    mbarrier.expect(ready, size + x_desc.block_type.nbytes, pred=wanted)
+    mbarrier.expect(ready, n_block * k_block * w_desc.dtype.primitive_bitwidth // 8, pred=wanted)
     row = _first_row(step // k_steps, tiles_a_jump, jump, n_block, paired)
     column = step % k_steps * k_block
     if paired:
@@ -61,7 +59,8 @@ def _fetch_weights(
 
 
 @gluon.jit
-def fetch_x(x_desc, step, k_steps, ready, ring, wanted, k_block: gl.constexpr):
+def _fetch_x(x_desc, step, k_steps, ready, ring, wanted, k_block: gl.constexpr):
+    mbarrier.expect(ready, x_desc.block_type.nbytes, pred=wanted)
     async_load(x_desc, [0, step % k_steps * k_block], ready, ring, pred=wanted)
 
 
@@ -200,24 +199,28 @@ def _stream_kernel(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, rows_block, 256 // bits])
     first = gl.program_id(0) * total // gl.num_programs(0)
     count = (gl.program_id(0) + 1) * total // gl.num_programs(0) - first
-    ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    w_ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    x_ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [stages, n_block, k_block], w_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [stages, rows_block, k_block], x_desc.layout)
     for i in gl.static_range(stages):
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(w_ready.index(i), count=1)
+        mbarrier.init(x_ready.index(i), count=1)
     if after == "turn":
         of_turned = gl.arange(0, rows_block, gl.SliceLayout(0, gl.SliceLayout(2, _side_by_side(gl.num_warps()))))
         position = gl.load(positions_ptr + of_turned, mask=of_turned < num_rows, other=0)
         cache_slot = gl.load(slots_ptr + of_turned, mask=of_turned < num_rows, other=0)
     for i in gl.static_range(stages):
+        if i > 0:  # step by step: what the kernels in front still load would queue behind more than that
+            mbarrier.wait(w_ready.index(i - 1), 0, pred=i < count)
         _fetch_weights(
-            w_desc, x_desc, first + i, k_steps, tiles_a_jump, jump, pair_distance, ready.index(i), w_ring.index(i),
+            w_desc, first + i, k_steps, tiles_a_jump, jump, pair_distance, w_ready.index(i), w_ring.index(i),
             i < count, n_block, k_block, paired,
         )  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()  # not before: a norm behind reads the residual stream while this kernel runs
     for i in gl.static_range(stages):
-        fetch_x(x_desc, first + i, k_steps, ready.index(i), x_ring.index(i), i < count, k_block)
+        _fetch_x(x_desc, first + i, k_steps, x_ready.index(i), x_ring.index(i), i < count, k_block)
 
     rows = gl.arange(0, rows_block, gl.SliceLayout(0, layout))
     n_in_tile = gl.arange(0, n_block, gl.SliceLayout(1, layout))
@@ -233,23 +236,25 @@ def _stream_kernel(
                 known = (rows < num_rows) & (group < groups)
                 scales = gl.load(x_scales_ptr + rows * groups + group, mask=known, other=0.0)
                 if part == 0:
-                    mbarrier.wait(ready.index(slot), (i // stages) & 1)
+                    mbarrier.wait(x_ready.index(slot), (i // stages) & 1)
+                    mbarrier.wait(w_ready.index(slot), (i // stages) & 1)
                 w = w_ring.index(slot).slice(part * size, size, 1)
                 x = x_ring.index(slot).slice(part * size, size, 1).permute((1, 0))
                 product = warpgroup_mma(w, x, zeros, use_acc=False, is_async=True)
                 product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
                 acc += product * scales[None, :]
         else:
-            mbarrier.wait(ready.index(slot), (i // stages) & 1)
+            mbarrier.wait(x_ready.index(slot), (i // stages) & 1)
+            mbarrier.wait(w_ready.index(slot), (i // stages) & 1)
             acc = warpgroup_mma(w_ring.index(slot), x_ring.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         barrier()  # all warps have read the slot
         more = i + stages < count
         _fetch_weights(
-            w_desc, x_desc, step + stages, k_steps, tiles_a_jump, jump, pair_distance, ready.index(slot),
+            w_desc, step + stages, k_steps, tiles_a_jump, jump, pair_distance, w_ready.index(slot),
             w_ring.index(slot), more, n_block, k_block, paired,
         )  # fmt: skip
-        fetch_x(x_desc, step + stages, k_steps, ready.index(slot), x_ring.index(slot), more, k_block)
+        _fetch_x(x_desc, step + stages, k_steps, x_ready.index(slot), x_ring.index(slot), more, k_block)
         if ((step + 1) % k_steps == 0) | (i + 1 == count):
             tile = step // k_steps
             begin = tile * k_steps

@@ -63,17 +63,6 @@ class SelfAttention(Attention):
             method=build.method,
         )
 
-    def add(self, residual: torch.Tensor, x: Rows, batch: Batch) -> torch.Tensor | None:
-        """What is to be added to the residual stream, maybe in parts, or None where it has been."""
-        return self.o_proj.add(residual, self._attended(x, batch))
-
-    def add_norm(self, residual: torch.Tensor, x: Rows, batch: Batch, norm: RMSNorm, reader: Weight | None) -> Rows:
-        """Add to the residual stream; the norm of the sum, as `reader` takes it."""
-        return self.o_proj.add_norm(residual, self._attended(x, batch), norm, reader)
-
-    def _attended(self, x: Rows, batch: Batch) -> Rows:
-        return self.attend_for(self.o_proj.weight, self.project(self.qkv_proj, x, batch), batch)
-
 
 class GatedMLP(Layer):
     """down(silu(gate(x)) * up(x))."""
@@ -107,16 +96,35 @@ class DecoderLayer(Layer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, build.dtype)
         self.mlp = mlp
 
-    def forward(self, x: Rows, residual: torch.Tensor, batch: Batch, norm: RMSNorm, reader: Weight | None) -> Rows:
+    def forward(
+        self,
+        x: Rows,
+        residual: torch.Tensor,
+        batch: Batch,
+        norm: RMSNorm,
+        reader: Weight | None,
+        rows: torch.Tensor | None = None,
+    ) -> Rows:
         """x is this layer's norm of `residual` [T, H], to which the layer adds in place; returns what comes next: the
         norm of the sum, as the product with `reader` takes it, or a tensor without a reader.
+
+        With `rows` [R] int64, the tokens that the last layer is wanted of, it returns [R, H]: other tokens' keys and
+        values are all that is needed of them, and nothing is added to `residual`.
         """
-        own = self.post_attention_layernorm
+        attention, own = self.self_attn, self.post_attention_layernorm
+        q = attention.project(attention.qkv_proj, x, batch)
+        if rows is None:
+            attended = attention.attend_for(attention.o_proj.weight, q, batch)
+        elif len(rows):
+            attended, residual = attention.attend(q, batch)[rows], residual[rows]
+        else:
+            return residual[rows]
         if isinstance(self.mlp, GatedMLP):
-            x = self.self_attn.add_norm(residual, x, batch, own, self.mlp.gate_up_proj.weight)
+            x = attention.o_proj.add_norm(residual, attended, own, self.mlp.gate_up_proj.weight)
             return self.mlp.add_norm(residual, x, norm, reader)
         assert isinstance(self.mlp, MixtureOfExperts)
-        return self.mlp.add_norm(residual, self.self_attn.add(residual, x, batch), own, norm, reader, batch.num_used)
+        y, num_used = attention.o_proj.add(residual, attended), batch.num_used if rows is None else None
+        return self.mlp.add_norm(residual, y, own, norm, reader, num_used)
 
     def as_operation(self) -> types.DecoderLayer | None:
         """The same for a back end that runs a whole stack of layers at once; None for what no such back end knows."""
@@ -210,7 +218,10 @@ class LlamaForCausalLM(CausalLM):
         x = layers[0].input_layernorm.for_product(residual, layers[0].self_attn.qkv_proj.weight)
         for layer, following in pairwise(layers):
             x = layer(x, residual, batch, following.input_layernorm, following.self_attn.qkv_proj.weight)
-        hidden = layers[-1](x, residual, batch, self.norm, None)
+        rows = batch.output_rows
+        if rows is not None and len(rows) >= len(token_ids):
+            rows = None
+        hidden = layers[-1](x, residual, batch, self.norm, None, rows)
         assert isinstance(hidden, torch.Tensor)
         return hidden
 
