@@ -44,13 +44,17 @@ def rounds(num_rows: int) -> bool:
 
 
 @triton.jit
-def _store_rounded(y, columns, inside, values_row_ptr, scale_ptr):
-    """Write a row y [n] float32 divided by its scale, and the scale."""
-    largest = tl.max(tl.abs(tl.where(inside, y, 0.0)), 0)
-    scale = tl.where(largest == 0.0, 1.0, largest / 448.0)
-    y = tl.minimum(tl.maximum(y / scale, -448.0), 448.0)
+def _store_rounded(y, largest, columns, inside, values_row_ptr, scale_ptr):
+    """Write a row y [n] float32, whose largest magnitude is known, divided by its scale, and the scale."""
+    scale = tl.where(largest == 0.0, 1.0, tl.maximum(largest / 448.0, 1e-37))  # whose inverse is finite
+    y = tl.minimum(tl.maximum(y * (1.0 / scale), -448.0), 448.0)
     tl.store(values_row_ptr + columns, y.to(values_row_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr, scale)
+
+
+@triton.jit
+def _sum_and_largest(sum_a, largest_a, sum_b, largest_b):
+    return sum_a + sum_b, tl.maximum(largest_a, largest_b)
 
 
 @triton.jit
@@ -65,7 +69,7 @@ def _quantize_kernel(
     columns += tl.program_id(1) * group
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     scale_ptr = scales_ptr + row * tl.num_programs(1) + tl.program_id(1)
-    _store_rounded(x, columns, inside, values_ptr + row * size, scale_ptr)
+    _store_rounded(x, tl.max(tl.abs(x), 0), columns, inside, values_ptr + row * size, scale_ptr)
 
 
 @triton.jit
@@ -90,9 +94,14 @@ def _rms_norm_kernel(
         total = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row, total, mask=inside)
         x = total.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + eps)
-    y = (x * scale * weight).to(residual_ptr.dtype.element_ty).to(tl.float32)
-    _store_rounded(y, columns, inside, values_ptr + row * size, scales_ptr + row)
+    weighed = x * weight
+    # both at once: threads wait for each other once
+    squares, largest = tl.reduce((x * x, tl.abs(weighed)), 0, _sum_and_largest)
+    scale = 1.0 / tl.sqrt(squares / size + eps)
+    dtype: tl.constexpr = residual_ptr.dtype.element_ty
+    y = (weighed * scale).to(dtype).to(tl.float32)
+    largest = (largest * scale).to(dtype).to(tl.float32)
+    _store_rounded(y, largest, columns, inside, values_ptr + row * size, scales_ptr + row)
 
 
 @triton.jit
@@ -109,7 +118,7 @@ def _silu_mul_kernel(
     up = tl.load(gate_up_ptr + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
     y = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
     scale_ptr = scales_ptr + row * tl.num_programs(1) + tl.program_id(1)
-    _store_rounded(y, columns, inside, values_ptr + row * size, scale_ptr)
+    _store_rounded(y, tl.max(tl.abs(y), 0), columns, inside, values_ptr + row * size, scale_ptr)
 
 
 def _empty_rows(x: torch.Tensor, size: int, groups: int = 1) -> Fp8Rows:
