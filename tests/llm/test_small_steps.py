@@ -28,6 +28,7 @@ from trine.llm.worker import Worker
 def test_large_models_gain_with_few_tokens() -> None:
     assert token_sizes(15_000_000) == list(graphs.TOKENS)
     assert token_sizes(218_000_000)[-1] == 1024
+    assert token_sizes(109_000_000)[-1] == 2048
     assert token_sizes(856_000_000)[-1] == 256
     assert token_sizes(10**11) == [32, 64, 128]
 
@@ -65,7 +66,7 @@ def host_table() -> np.ndarray:
 def steps(monkeypatch: pytest.MonkeyPatch, host_table: np.ndarray) -> SmallSteps:
     monkeypatch.setattr(graphs, "PinnedRing", PlainRing)
     monkeypatch.setattr(small_steps, "StepGraphs", Recorder)
-    model = SimpleNamespace(config=SimpleNamespace(layer_weights=218_000_000))  # Llama-3.1-8B
+    model = SimpleNamespace(layer_work=218_000_000)  # Llama-3.1-8B
     return SmallSteps(model, torch.zeros(7), host_table, 16)  # type: ignore[arg-type]
 
 

@@ -35,8 +35,8 @@ BESIDE_PROMPTS = (0, 8, 32, 64, 128, 256, 512)
 TOKENS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Of a step with prompts."""
 LAUNCHES = 2.3e11
-"""Of a layer single launches take the host as long as an H200 takes for so many products of a token and a weight: steps
-with more lose nothing by them, and would by padding."""
+"""Of a layer single launches take the host as long as an H200 takes for so many multiplications of 16 bits: steps with
+more lose nothing by them, and would by padding."""
 
 
 class Size(NamedTuple):
@@ -56,9 +56,11 @@ def graph_sizes(sizes: Sequence[int], most: int) -> list[int]:
     return [size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] < most]
 
 
-def token_sizes(layer_weights: int) -> list[int]:
-    """Sizes of steps with prompts that gain, of a model with so many weights a layer; up to 128 tokens in any case."""
-    return [tokens for tokens in TOKENS if tokens <= max(LAUNCHES / layer_weights, 128)]
+def token_sizes(layer_work: int) -> list[int]:
+    """Sizes of steps with prompts that gain, of a model with so many multiplications a layer and token; up to 128
+    tokens in any case.
+    """
+    return [tokens for tokens in TOKENS if tokens <= max(LAUNCHES / layer_work, 128)]
 
 
 class StepGraphs:
@@ -73,7 +75,7 @@ class StepGraphs:
         max_rows, columns = table.shape
         self.decodes = [Size(rows) for rows in graph_sizes(DECODES, max_rows)]
         beside = graph_sizes(BESIDE_PROMPTS, max_rows)
-        totals = token_sizes(model.config.layer_weights)
+        totals = token_sizes(model.layer_work)
         self.with_prompts = [Size(rows, tokens) for tokens in totals for rows in beside if rows < tokens]
         self._last_token = last_token
         self._table = table

@@ -105,6 +105,8 @@ class CausalLM(Layer, ABC):
         super().__init__()
         self.config = config
         self.dtype = build.dtype
+        self.layer_work = config.layer_weights // build.method.rate
+        """Of a layer and a token, in multiplications of 16 bits."""
 
     @abstractmethod
     def forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:

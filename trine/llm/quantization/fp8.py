@@ -24,6 +24,7 @@ class Fp8(LinearMethod):
     """
 
     name = "fp8"
+    rate = 2
 
     def __init__(self, as_stored: bool = False) -> None:
         self.as_stored = as_stored
