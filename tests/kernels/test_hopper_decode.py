@@ -49,7 +49,7 @@ def test_compiles(
 ) -> None:
     from trine.kernels.triton.hopper_decode import tiling
 
-    own = tiling(units, 132, block_size)
+    own = tiling(units, 132)
     constants = {
         "settled": settled, "has_window": has_window, "block_size": block_size, "group": group, "head_dim": head_dim,
         "group_block": 16, "kv_block": own.kv_block, "stages": own.stages, "max_runs": 16,

@@ -12,6 +12,12 @@ from tests.kernels.hopper_compiler import check_compiles
 from trine.kernels import fp8, reference
 from trine.kernels.fp8 import Fp8Rows
 
+POINTERS = {
+    **dict.fromkeys(("parts_ptr", "cos_sin_ptr", "w_scales_ptr", "x_scales_ptr"), "*fp32"),
+    **dict.fromkeys(("bias_ptr", "y_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16"),
+    **dict.fromkeys(("positions_ptr", "slots_ptr"), "*i64"),
+    "arrivals_ptr": "*i32",
+}
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
@@ -22,10 +28,20 @@ def test_compiles(after: str, element: str) -> None:
         "n_block": 64, "k_block": 512, "rows_block": 16, "stages": 2, "has_bias": after != "gate", "after": after,
         "scales_a_step": 1 if after == "turn" else 2, "block_size": 64, "head_dim": 128,
     }  # fmt: skip
-    types = dict.fromkeys(("parts_ptr", "cos_sin_ptr", "w_scales_ptr", "x_scales_ptr"), "*fp32")
-    types |= dict.fromkeys(("bias_ptr", "y_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
-    types |= dict.fromkeys(("positions_ptr", "slots_ptr"), "*i64") | {"arrivals_ptr": "*i32"}
-    types |= {"w_desc": f"{element}[{32 if after in ('gate', 'turn') else 64}, 512]", "x_desc": f"{element}[16, 512]"}
+    types = POINTERS | {
+        "w_desc": f"{element}[{32 if after in ('gate', 'turn') else 64}, 512]",
+        "x_desc": f"{element}[16, 512]",
+    }
+    check_compiles("trine.kernels.triton.stream_linear", "_stream_kernel", constants, types)
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp8e4nv"])
+def test_a_product_of_one_step_compiles(element: str) -> None:
+    """Numbers that are 1 are constants to the compiler."""
+    constants = dict.fromkeys(("k_steps", "total", "outputs", "y_stride", "groups"), 1)
+    constants |= {"n_block": 64, "k_block": 512, "rows_block": 8, "stages": 2, "scales_a_step": 1}
+    constants |= {"has_bias": True, "after": "store", "block_size": 1, "head_dim": 0}
+    types = POINTERS | {"w_desc": f"{element}[64, 512]", "x_desc": f"{element}[8, 512]"}
     check_compiles("trine.kernels.triton.stream_linear", "_stream_kernel", constants, types)
 
 

@@ -52,12 +52,11 @@ class Tiling:
     runs: int
 
 
-def tiling(units: int, multiprocessors: int, block_size: int) -> Tiling:
+def tiling(units: int, multiprocessors: int) -> Tiling:
     """For so many sequences times key-value heads: all the shared memory for a program, or a third of it."""
-    if units > multiprocessors:
-        return Tiling(64, 2, 1)
-    runs = min(multiprocessors // units, MAX_RUNS)
-    return Tiling(64, 6, runs) if block_size <= 64 else Tiling(128, 3, runs)
+    if units <= multiprocessors:
+        return Tiling(128, 3, min(multiprocessors // units, MAX_RUNS))
+    return Tiling(64, 2, 1)
 
 
 def fills(units: int, multiprocessors: int) -> bool:
@@ -152,7 +151,7 @@ def _hopper_decode_kernel(
     rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
     cols_layout: gl.constexpr = gl.SliceLayout(0, layout)
     blocks_a_tile: gl.constexpr = kv_block // block_size
-    in_flight: gl.constexpr = (8 if stages > 4 else 4) * blocks_a_tile  # a power of two: the blocks of all stages
+    in_flight: gl.constexpr = 4 * blocks_a_tile  # a power of two, not below the blocks of all stages
     unit = gl.program_id(0)
     sequence = unit // num_kv_heads
     head = unit % num_kv_heads
@@ -324,7 +323,7 @@ def hopper_decode_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     units = batch.num_decodes * num_kv_heads
-    own = tiling(units, num_multiprocessors(q.device), block_size)
+    own = tiling(units, num_multiprocessors(q.device))
     stats, acc, arrivals = _scratch(q.device, group, head_dim)
     launch(
         _hopper_decode_kernel,

@@ -65,33 +65,30 @@ def _fetch_x(x_desc, step, k_steps, ready, ring, wanted, k_block: gl.constexpr):
 
 
 @gluon.jit
-def _others(
-    parts_ptr, arrivals_ptr, place, tile, end, total,
-    n_block: gl.constexpr, rows_block: gl.constexpr, layout: gl.constexpr,
+def _add_up(
+    acc, parts_ptr, arrivals_ptr, place, tile, begin, end, total,
+    n_block: gl.constexpr, rows_block: gl.constexpr,
 ):  # fmt: skip
-    """The sum of what the programs behind this one leave of a tile that this one has the beginning of, up to step
-    `end`: it is the last of this program's work, and was the first of theirs.
+    """A tile of steps [begin, end) that several programs share: the one that has its beginning, which is the last of
+    that program's work, waits for the others, whose first work this was, and returns the sum and True.
 
     All programs of a launch are on the card together: none has to wait for one that finds no place.
     """
     size: gl.constexpr = n_block * rows_block
     program, programs = gl.program_id(0), gl.num_programs(0)
-    last_program = (end * programs - 1) // total
-    while gl.atomic_add(arrivals_ptr + tile, 0, sem="acquire") < last_program - program:
-        pass
-    others = gl.zeros([n_block, rows_block], gl.float32, layout)
-    for other in range(program + 1, last_program + 1):
-        others += gl.load(parts_ptr + other * size + place, cache_modifier=".cg")
-    gl.store(arrivals_ptr + tile, 0)  # ready for the next launch
-    return others
-
-
-@gluon.jit
-def _leave(acc, parts_ptr, arrivals_ptr, place, tile, n_block: gl.constexpr, rows_block: gl.constexpr):
-    """Leave a tile's part to the program that has its beginning."""
-    gl.store(parts_ptr + gl.program_id(0) * n_block * rows_block + place, acc)
-    barrier()  # all of this program's stores come before its arrival
-    gl.atomic_add(arrivals_ptr + tile, 1, sem="release")
+    adds = program * total // programs <= begin
+    if adds:
+        last_program = (end * programs - 1) // total
+        while gl.atomic_add(arrivals_ptr + tile, 0, sem="acquire") < last_program - program:
+            pass
+        for other in range(program + 1, last_program + 1):
+            acc += gl.load(parts_ptr + other * size + place, cache_modifier=".cg")
+        gl.store(arrivals_ptr + tile, 0)  # ready for the next launch
+    else:
+        gl.store(parts_ptr + program * size + place, acc)
+        barrier()  # all of this program's stores come before its arrival
+        gl.atomic_add(arrivals_ptr + tile, 1, sem="release")
+    return acc, adds
 
 
 @gluon.jit
@@ -142,24 +139,8 @@ def _store_gated(acc, y_ptr, y_stride, row, num_rows, outputs):
 
 
 @gluon.jit
-def _angles(
-    cos_sin_ptr, position, tile, tiles_a_head, num_rows, wanted,
-    pairs: gl.constexpr, head_dim: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Cosines and sines [pairs, rows] of a tile's dimensions."""
-    half: gl.constexpr = head_dim // 2
-    d = tile % tiles_a_head * pairs + gl.arange(0, pairs, gl.SliceLayout(1, layout))
-    rows = gl.arange(0, position.shape[0], gl.SliceLayout(0, layout))
-    inside = (rows < num_rows)[None, :] & (d < half)[:, None] & wanted
-    cos_sin_row = cos_sin_ptr + position[None, :] * head_dim + d[:, None]
-    cos = gl.load(cos_sin_row, mask=inside, other=0.0)
-    sin = gl.load(cos_sin_row + half, mask=inside, other=0.0)
-    return cos, sin
-
-
-@gluon.jit
 def _store_turned(
-    acc, bias_ptr, q_ptr, k_cache_ptr, v_cache_ptr, slot, cos, sin,
+    acc, bias_ptr, q_ptr, k_cache_ptr, v_cache_ptr, position, slot, cos_sin_ptr,
     cache_block_stride, cache_head_stride, cache_token_stride, tile, tiles_a_head, num_rows, num_heads, num_kv_heads,
     has_bias: gl.constexpr, block_size: gl.constexpr, head_dim: gl.constexpr,
 ):  # fmt: skip
@@ -177,6 +158,9 @@ def _store_turned(
     first = first.to(kind)  # as if it were two kernels
     second = second.to(kind)
     if head < num_heads + num_kv_heads:
+        cos_sin_row = cos_sin_ptr + position[None, :] * head_dim + d[:, None]
+        cos = gl.load(cos_sin_row, mask=inside, other=0.0)
+        sin = gl.load(cos_sin_row + half, mask=inside, other=0.0)
         a = first.to(gl.float32)
         b = second.to(gl.float32)
         first = (a * cos - b * sin).to(kind)
@@ -224,8 +208,7 @@ def _stream_kernel(
         mbarrier.init(w_ready.index(i), count=1)
         mbarrier.init(x_ready.index(i), count=1)
     if after == "turn":
-        pairs_layout: gl.constexpr = gl.SliceLayout(2, _side_by_side(gl.num_warps()))
-        of_turned = gl.arange(0, rows_block, gl.SliceLayout(0, pairs_layout))
+        of_turned = gl.arange(0, rows_block, gl.SliceLayout(0, gl.SliceLayout(2, _side_by_side(gl.num_warps()))))
         position = gl.load(positions_ptr + of_turned, mask=of_turned < num_rows, other=0)
         cache_slot = gl.load(slots_ptr + of_turned, mask=of_turned < num_rows, other=0)
     for i in gl.static_range(stages):
@@ -247,24 +230,10 @@ def _stream_kernel(
     zeros = gl.zeros([n_block, rows_block], gl.float32, layout)
     for i in range(count):
         step, slot = first + i, i % stages
-        tile = step // k_steps
-        begin = tile * k_steps
-        row = _first_row(tile, tiles_a_jump, jump, n_block, paired)
-        owns = first <= begin
+        row = _first_row(step // k_steps, tiles_a_jump, jump, n_block, paired)
         ends = ((step + 1) % k_steps == 0) | (i + 1 == count)
-        # what a tile's end needs comes while its last weights do
-        others = zeros
-        if after != "part":  # noqa: SIM102 (known when the kernel is compiled)
-            if ends & owns & (step + 1 < begin + k_steps):
-                others = _others(
-                    parts_ptr, arrivals_ptr, place, tile, begin + k_steps, total, n_block, rows_block, layout
-                )  # fmt: skip
-        if after == "turn":
-            turns = ends & (tile // tiles_a_jump < num_heads + num_kv_heads)
-            cos, sin = _angles(
-                cos_sin_ptr, position, tile, tiles_a_jump, num_rows, turns, n_block // 2, head_dim, pairs_layout
-            )  # fmt: skip
         if bits == 8:
+            # before the wait for the tile's last weights, which hides the one for these
             w_scales = _row_scales(w_scales_ptr, row, pair_distance, outputs, n_in_tile, ends, paired)
             size: gl.constexpr = k_block // scales_a_step
             for part in gl.static_range(scales_a_step):
@@ -292,24 +261,28 @@ def _stream_kernel(
         )  # fmt: skip
         _fetch_x(x_desc, step + stages, k_steps, x_ready.index(slot), x_ring.index(slot), more, k_block)
         if ends:
-            y = acc + others
-            if bits == 8:
-                y *= w_scales[:, None]
+            tile = step // k_steps
+            begin = tile * k_steps
+            y, whole = acc, True
             if after == "part":
                 y_ptr += (first - begin) // count * num_rows * outputs
-                _store_plain(y, bias_ptr, y_ptr, y_stride, row, num_rows, outputs, has_bias, layout)
-            elif not owns:
-                _leave(acc, parts_ptr, arrivals_ptr, place, tile, n_block, rows_block)
-            elif after == "gate":
-                _store_gated(y, y_ptr, y_stride, row, num_rows, outputs)
-            elif after == "turn":
-                _store_turned(
-                    y, bias_ptr, y_ptr, k_cache_ptr, v_cache_ptr, cache_slot, cos, sin,
-                    cache_block_stride, cache_head_stride, cache_token_stride, tile, tiles_a_jump, num_rows,
-                    num_heads, num_kv_heads, has_bias, block_size, head_dim,
+            elif (first > begin) | (step + 1 < begin + k_steps):
+                y, whole = _add_up(
+                    acc, parts_ptr, arrivals_ptr, place, tile, begin, begin + k_steps, total, n_block, rows_block
                 )  # fmt: skip
-            else:
-                _store_plain(y, bias_ptr, y_ptr, y_stride, row, num_rows, outputs, has_bias, layout)
+            if whole:
+                if bits == 8:
+                    y *= w_scales[:, None]
+                if after == "gate":
+                    _store_gated(y, y_ptr, y_stride, row, num_rows, outputs)
+                elif after == "turn":
+                    _store_turned(
+                        y, bias_ptr, y_ptr, k_cache_ptr, v_cache_ptr, position, cache_slot, cos_sin_ptr,
+                        cache_block_stride, cache_head_stride, cache_token_stride, tile, tiles_a_jump, num_rows,
+                        num_heads, num_kv_heads, has_bias, block_size, head_dim,
+                    )  # fmt: skip
+                else:
+                    _store_plain(y, bias_ptr, y_ptr, y_stride, row, num_rows, outputs, has_bias, layout)
             acc = gl.zeros([n_block, rows_block], gl.float32, layout)
 
 
