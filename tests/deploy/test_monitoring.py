@@ -137,16 +137,18 @@ def test_panels_lie_side_by_side() -> None:
 def test_prometheus_answers_every_query(server: Process, tmp_path: Path) -> None:
     for name in ("prometheus.yml", "rules.yml"):
         text = (DEPLOY / "prometheus" / name).read_text()
-        (tmp_path / name).write_text(text.replace("127.0.0.1:8002", server.metrics).replace("10s", "1s"))
+        (tmp_path / name).write_text(text.replace("127.0.0.1:8002", server.metrics).replace("10s", "500ms"))
     checked = subprocess.run(
         ["promtool", "check", "config", tmp_path / "prometheus.yml"], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    address = "127.0.0.1:19399"
-    options = (f"--storage.tsdb.path={tmp_path / 'data'}", f"--web.listen-address={address}")
+    options = (f"--storage.tsdb.path={tmp_path / 'data'}", "--web.listen-address=127.0.0.1:0")
     command = ["prometheus", f"--config.file={tmp_path / 'prometheus.yml'}", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
+        address = until(lambda: re.search(r"Listening on.* address=(127\.0\.0\.1:\d+)", log.read_text()))[1]
         until(lambda: answers(address, 'count_over_time(up{job="trine"}[1m]) > 4'))
         use(server)
         until(lambda: answers(address, "sum(rate(nv_inference_request_success[30s])) > 0"))
@@ -177,8 +179,10 @@ def query_status(address: str, query: str) -> str:
     return str(httpx.get(f"http://{address}/api/v1/query", params={"query": query}).json()["status"])
 
 
-def until(condition: Any, seconds: float = 60.0) -> None:
+def until(condition: Any, seconds: float = 60.0) -> Any:
+    """What the condition gives as soon as it is true."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end
-        time.sleep(0.5)
+        time.sleep(0.1)
+    return found

@@ -14,6 +14,10 @@ from onnx import numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
 import trine.graph as tg
+from trine.graph.gpu.api import build
+from trine.graph.gpu.registry import Target
+from trine.graph.importer import import_model
+from trine.graph.passes import optimise
 
 SETS = ("simple", "pytorch-converted", "pytorch-operator", "node")
 
@@ -77,9 +81,9 @@ def opset(model: onnx.ModelProto) -> int:
     return max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=1)
 
 
-@pytest.mark.parametrize("optimise", [True, False], ids=["passes", "plain"])
+@pytest.mark.parametrize("with_passes", [True, False], ids=["passes", "plain"])
 @pytest.mark.parametrize("kind", SETS)
-def test_onnx_backend(kind: str, optimise: bool) -> None:
+def test_onnx_backend(kind: str, with_passes: bool) -> None:
     passed, refused, wrong = 0, [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -90,7 +94,7 @@ def test_onnx_backend(kind: str, optimise: bool) -> None:
         model = case.model if case.model is not None else onnx.load(Path(case.model_dir) / "model.onnx")
         counted = opset(model) <= 22 and not any(item.domain in ASIDE for item in model.opset_import)
         try:
-            plan = tg.build(model, optimise=optimise)
+            plan = tg.build(model, optimise=with_passes)
             for inputs, outputs in data_sets(case, model):
                 given = dict(zip((info.name for info in model.graph.input), inputs, strict=False))
                 kept = {value.name for value in plan.graph.inputs}
@@ -107,3 +111,35 @@ def test_onnx_backend(kind: str, optimise: bool) -> None:
     assert not wrong
     assert passed >= 0.97 * (passed + len(refused)), refused
     assert kind == "node" or not refused
+
+
+def test_a_third_of_the_operators_on_the_gpus_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here on the CPU: lowered, node by node, by torch. What each operator means is tested above."""
+    monkeypatch.setattr(Target, "triton", False)  # Triton's interpreter would take minutes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cases = [case for case in load_model_tests(kind="node") if not case.name.startswith(NOT_REPEATABLE)]
+    passed, wrong = 0, []
+    for case in cases[::3]:
+        model = case.model if case.model is not None else onnx.load(Path(case.model_dir) / "model.onnx")
+        try:
+            graph = import_model(model)
+            effects = optimise(graph)
+        except (tg.UnsupportedOperatorError, tg.ModelFormatError):
+            continue
+        plan = build(
+            graph, effects, "cpu", precision="fp32", tune=False, timing_cache=None, shapes={}, profiles=[],
+            calibration=None, budget=None, inductor=False,
+        )  # fmt: skip
+        kept = {value.name for value in graph.inputs}
+        try:
+            for inputs, outputs in data_sets(case, model):
+                given = dict(zip((info.name for info in model.graph.input), inputs, strict=False))
+                results = plan.run({name: array for name, array in given.items() if name in kept})
+                for info, expected in zip(model.graph.output, outputs, strict=True):
+                    compare(results[info.name], expected, case.rtol, case.atol)
+            passed += 1
+        except AssertionError as error:
+            wrong.append(f"{case.name}: {' '.join(str(error).split())[:200]}")
+    assert not wrong
+    assert passed > 450

@@ -96,12 +96,12 @@ def compare_loops(llm: LLM, sync_llm: LLM, seeds: range) -> None:
 
 
 def test_async_loop_equals_sync_loop(llm: LLM, sync_llm: LLM) -> None:
-    compare_loops(llm, sync_llm, range(40))
+    compare_loops(llm, sync_llm, range(120))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_async_loop_equals_sync_loop_500(llm: LLM, sync_llm: LLM) -> None:
-    compare_loops(llm, sync_llm, range(40, 540))
+    compare_loops(llm, sync_llm, range(120, 620))
 
 
 def test_numbers_that_are_not_finite_leave_nothing_behind(tmp_path: Path) -> None:
