@@ -18,7 +18,9 @@ def encoder() -> Path:
 
 @pytest.fixture(scope="session")
 def server(encoder: Path) -> Iterator[Server]:
-    running = Server(MODEL, "--embedding-model", str(encoder), "--cors-origin", "https://example.org")
+    running = Server(
+        MODEL, "--embedding-model", str(encoder), "--cors-origin", "https://example.org", "--cache-memory", "512MiB"
+    )
     yield running
     assert running.stop() == 0, "".join(running.output[-20:])
 

@@ -50,7 +50,8 @@ def filled(query: str) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("models")
     write_model(folder, "echo", IDENTITY, {"1/keep": ""})
-    config = 'backend: "llm" parameters { key: "model" value { string_value: "tiny" } }'
+    config = """backend: "llm" parameters { key: "model" value { string_value: "tiny" } }
+        parameters { key: "cache_bytes" value { string_value: "256MiB" } }"""
     write_model(folder, "words", config, {"1/keep": ""})
     process = Process("--model-repository", str(folder))
     use(process)

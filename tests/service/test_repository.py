@@ -38,6 +38,7 @@ ENGINE = """
       { name: "cum_log_probs" data_type: TYPE_FP32 dims: [ -1 ] }
     ]
     parameters { key: "gpt_model_path" value { string_value: "tiny" } }
+    parameters { key: "cache_bytes" value { string_value: "256MiB" } }
     parameters { key: "max_tokens_in_paged_kv_cache" value { string_value: "${max_tokens_in_paged_kv_cache}" } }
 """
 TOKENIZE = """

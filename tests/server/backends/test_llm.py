@@ -14,7 +14,10 @@ from trine.core.errors import ModelLoadError
 from trine.llm.loading import resolve_model
 from trine.llm.tokenizer import Tokenizer
 
-TINY = 'backend: "llm"\nparameters { key: "model" value { string_value: "tiny" } }\n'
+TINY = """backend: "llm"
+    parameters { key: "model" value { string_value: "tiny" } }
+    parameters { key: "cache_bytes" value { string_value: "256MiB" } }
+"""
 SMALL = 'parameters { key: "max_num_seqs" value { string_value: "8" } }\n'
 TOKENS = """
     max_batch_size: 8
@@ -44,6 +47,7 @@ TOKENS = """
 """
 TEMPLATE = """
     parameters { key: "gpt_model_path" value { string_value: "tiny" } }
+    parameters { key: "cache_bytes" value { string_value: "256MiB" } }
     parameters { key: "tokenizer_dir" value { string_value: "${tokenizer_dir}" } }
     parameters { key: "batch_scheduler_policy" value { string_value: "max_utilization" } }
     parameters { key: "lora_cache_max_adapter_size" value { string_value: "${lora_cache_max_adapter_size}" } }

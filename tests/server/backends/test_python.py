@@ -350,7 +350,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     place = tmp_path_factory.mktemp("models")
     limit = 'parameters { key: "MEMORY_LIMIT" value { string_value: "300MiB" } }'
     add(place, "faulty", "faulty", FAULTY + "instance_group { count: 1 }" + limit)
-    settings = {"python": {"stub-timeout-seconds": "1.5"}}
+    settings = {"python": {"stub-timeout-seconds": "3"}}
     with Served(place, backend_settings=settings) as repository:
         yield repository
 
@@ -365,7 +365,7 @@ def pid(served: Served, what: str = "") -> int:
         ("segfault", "was ended by SIGSEGV"),
         ("exit", "exited with status 3"),
         ("fork", "was ended by SIGKILL"),
-        ("hang", "did not finish a batch within 1.5 s"),
+        ("hang", "did not finish a batch within 3 s"),
     ],
 )
 def test_a_model_that_fails_is_named_and_started_again(faulty: Served, what: str, reason: str) -> None:

@@ -277,7 +277,7 @@ async def test_models_are_loaded_on_demand_and_the_least_used_leaves(tmp_path: P
 
 
 async def test_a_busy_model_is_not_evicted(tmp_path: Path) -> None:
-    slow(tmp_path, "busy", 'parameters { key: "delay_ms" value { string_value: "80" } }')
+    slow(tmp_path, "busy", 'parameters { key: "delay_ms" value { string_value: "500" } }')
     scaling(tmp_path, "a", {"1": 1.0})
     async with serving(tmp_path, control_mode="explicit", max_loaded=1) as repository:
         await demand(repository, "busy")
