@@ -42,14 +42,14 @@ def test_one_sequence_compiles(group: int, head_dim: int, block_size: int, has_w
     check_compiles("trine.kernels.triton.register_decode", "_register_decode_kernel", constants, types)
 
 
-@pytest.mark.parametrize(("units", "rounded"), [(8, False), (8, True), (2048, False)])
+@pytest.mark.parametrize(("units", "rounded"), [(8, False), (8, True), (128, False), (2048, False)])
 @SHAPES
 def test_compiles(
     group: int, head_dim: int, block_size: int, has_window: bool, settled: bool, units: int, rounded: bool
 ) -> None:
     from trine.kernels.triton.hopper_decode import tiling
 
-    own = tiling(units, 132)
+    own = tiling(units, 132, block_size)
     constants = {
         "settled": settled, "has_window": has_window, "block_size": block_size, "group": group, "head_dim": head_dim,
         "group_block": 16, "kv_block": own.kv_block, "stages": own.stages, "max_runs": 16,

@@ -52,11 +52,16 @@ class Tiling:
     runs: int
 
 
-def tiling(units: int, multiprocessors: int) -> Tiling:
-    """For so many sequences times key-value heads: all the shared memory for a program, or a third of it."""
-    if units <= multiprocessors:
-        return Tiling(128, 3, min(multiprocessors // units, MAX_RUNS))
-    return Tiling(64, 2, 1)
+def tiling(units: int, multiprocessors: int, block_size: int) -> Tiling:
+    """For so many sequences times key-value heads: all the shared memory for a program, or a third of it.
+
+    Where nearly every multiprocessor has a unit, tiles of half the size: less of them lies past a sequence's end.
+    """
+    if units > multiprocessors:
+        return Tiling(64, 2, 1)
+    if units >= FULL * multiprocessors and block_size <= 64:
+        return Tiling(64, 4, 1)
+    return Tiling(128, 3, min(multiprocessors // units, MAX_RUNS))
 
 
 def fills(units: int, multiprocessors: int) -> bool:
@@ -323,7 +328,7 @@ def hopper_decode_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     units = batch.num_decodes * num_kv_heads
-    own = tiling(units, num_multiprocessors(q.device))
+    own = tiling(units, num_multiprocessors(q.device), block_size)
     stats, acc, arrivals = _scratch(q.device, group, head_dim)
     launch(
         _hopper_decode_kernel,

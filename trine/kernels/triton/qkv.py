@@ -1,7 +1,7 @@
 """From the query-key-value projection to queries and a filled cache, in one pass.
 
-Bound by memory: each element of the projection is read once from memory (twice from the cache near the core), each
-query written once, each key and value written to its place in the paged cache.
+Bound by memory: each element of the projection is read once, each query written once, each key and value written to its
+place in the paged cache.
 """
 
 from __future__ import annotations
@@ -18,42 +18,64 @@ _TILE = 1024  # elements of a program: several heads of one token
 
 
 @triton.jit
-def _norm_and_rotate(
+def _prepare_heads(
     row_ptr,
     part_stride,
     heads,
-    inside,
+    present,
     norm_ptr,
     cos_sin_row,
     eps,
+    out_row_ptr,
+    scale,
     head_dim: tl.constexpr,
     rotary_dim: tl.constexpr,
     has_norm: tl.constexpr,
-    dim_block: tl.constexpr,
     num_parts: tl.constexpr,
 ):
-    """Heads `heads` [n] of one token, normed and rotated: [n, dim_block] float32.
+    """Norm and rotate heads [n] of one token that are `present`, and write them to `out_row_ptr` [n, 1], rounded as
+    the projection is, then divided by `scale`.
 
-    Element i of the rotated part turns together with its partner i ± rotary_dim / 2, which is loaded a second time.
+    A thread has both of two dimensions that turn together: i and i + rotary_dim / 2.
     """
-    dims = tl.arange(0, dim_block)
-    x = sum_of_parts(row_ptr, part_stride, heads[:, None] * head_dim + dims[None, :], inside, num_parts)
     half: tl.constexpr = rotary_dim // 2
-    partner_dims = tl.where(dims < half, dims + half, dims - half)
-    turned = dims < rotary_dim
-    if rotary_dim > 0:
-        partner_columns = heads[:, None] * head_dim + partner_dims[None, :]
-        partner = sum_of_parts(row_ptr, part_stride, partner_columns, inside & turned[None, :], num_parts)
+    rest: tl.constexpr = head_dim - rotary_dim
+    kind: tl.constexpr = row_ptr.dtype.element_ty
+    columns = heads[:, None] * head_dim
+    squares = tl.zeros([heads.shape[0]], tl.float32)
+    if half > 0:
+        turned = tl.arange(0, triton.next_power_of_2(half))
+        both = present[:, None] & (turned < half)[None, :]
+        first = sum_of_parts(row_ptr, part_stride, columns + turned[None, :], both, num_parts)
+        second = sum_of_parts(row_ptr, part_stride, columns + turned[None, :] + half, both, num_parts)
+        squares += tl.sum(first * first + second * second, 1)
+    if rest > 0:
+        others = rotary_dim + tl.arange(0, triton.next_power_of_2(rest))
+        inside = present[:, None] & (others < head_dim)[None, :]
+        x = sum_of_parts(row_ptr, part_stride, columns + others[None, :], inside, num_parts)
+        squares += tl.sum(x * x, 1)
     if has_norm:
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / head_dim + eps)[:, None]
-        x = x * scale * tl.load(norm_ptr + dims, mask=dims < head_dim, other=0.0).to(tl.float32)[None, :]
-        if rotary_dim > 0:
-            partner = partner * scale * tl.load(norm_ptr + partner_dims, mask=turned, other=0.0).to(tl.float32)[None, :]
-    if rotary_dim > 0:
-        cos = tl.load(cos_sin_row + dims % half, mask=turned, other=1.0)
-        sin = tl.load(cos_sin_row + half + dims % half, mask=turned, other=0.0)
-        x = x * cos[None, :] + partner * tl.where(dims < half, -sin, sin)[None, :]
-    return x
+        factor = 1.0 / tl.sqrt(squares / head_dim + eps)[:, None]
+        if half > 0:
+            weight = tl.load(norm_ptr + turned, mask=turned < half, other=0.0).to(tl.float32)
+            first = first * factor * weight[None, :]
+            weight = tl.load(norm_ptr + half + turned, mask=turned < half, other=0.0).to(tl.float32)
+            second = second * factor * weight[None, :]
+        if rest > 0:
+            weight = tl.load(norm_ptr + others, mask=others < head_dim, other=0.0).to(tl.float32)
+            x = x * factor * weight[None, :]
+    inverse = 1.0 / scale
+    dtype: tl.constexpr = out_row_ptr.dtype.element_ty
+    if half > 0:
+        cos = tl.load(cos_sin_row + turned, mask=turned < half, other=1.0)[None, :]
+        sin = tl.load(cos_sin_row + half + turned, mask=turned < half, other=0.0)[None, :]
+        left = (first * cos - second * sin).to(kind).to(tl.float32) * inverse
+        right = (second * cos + first * sin).to(kind).to(tl.float32) * inverse
+        tl.store(out_row_ptr + turned[None, :], left.to(dtype), mask=both)
+        tl.store(out_row_ptr + half + turned[None, :], right.to(dtype), mask=both)
+    if rest > 0:
+        x = x.to(kind).to(tl.float32) * inverse
+        tl.store(out_row_ptr + others[None, :], x.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -83,7 +105,6 @@ def _prepare_qkv_kernel(
     has_q_norm: tl.constexpr,
     has_k_norm: tl.constexpr,
     heads_block: tl.constexpr,
-    dim_block: tl.constexpr,
     num_parts: tl.constexpr,
     early: tl.constexpr,
 ):
@@ -92,7 +113,6 @@ def _prepare_qkv_kernel(
     part = tl.program_id(1)
     num_q_parts = tl.cdiv(num_heads, heads_block)
     num_kv_parts = tl.cdiv(num_kv_heads, heads_block)
-    dims = tl.arange(0, dim_block)
     row_ptr = qkv_ptr + token * qkv_stride
     cos_sin_row = cos_sin_ptr
     if rotary_dim > 0:
@@ -101,34 +121,30 @@ def _prepare_qkv_kernel(
     wait_for_inputs(early)
     if part < num_q_parts:
         heads = part * heads_block + tl.arange(0, heads_block)
-        inside = (heads < num_heads)[:, None] & (dims < head_dim)[None, :]
-        q = _norm_and_rotate(
-            row_ptr, part_stride, heads, inside, q_norm_ptr, cos_sin_row, eps,
-            head_dim, rotary_dim, has_q_norm, dim_block, num_parts,
+        q_row_ptr = q_ptr + (token * num_heads + heads)[:, None] * head_dim
+        _prepare_heads(
+            row_ptr, part_stride, heads, heads < num_heads, q_norm_ptr, cos_sin_row, eps, q_row_ptr, 1.0,
+            head_dim, rotary_dim, has_q_norm, num_parts,
         )  # fmt: skip
-        q_row_ptr = q_ptr + (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
-        tl.store(q_row_ptr, q.to(q_ptr.dtype.element_ty), mask=inside)
     else:
         slot_offset = (slot // block_size) * cache_block_stride + (slot % block_size) * cache_token_stride
         part -= num_q_parts
         is_key = part < num_kv_parts
         part = tl.where(is_key, part, part - num_kv_parts)
         heads = part * heads_block + tl.arange(0, heads_block)
-        inside = (heads < num_kv_heads)[:, None] & (dims < head_dim)[None, :]
-        place = slot_offset + heads[:, None] * cache_head_stride + dims[None, :]
+        place = slot_offset + heads[:, None] * cache_head_stride
+        row_ptr += num_heads * head_dim
         if is_key:
-            row_ptr += num_heads * head_dim
-            k = _norm_and_rotate(
-                row_ptr, part_stride, heads, inside, k_norm_ptr, cos_sin_row, eps,
-                head_dim, rotary_dim, has_k_norm, dim_block, num_parts,
+            _prepare_heads(
+                row_ptr, part_stride, heads, heads < num_kv_heads, k_norm_ptr, cos_sin_row, eps, k_cache_ptr + place,
+                k_scale, head_dim, rotary_dim, has_k_norm, num_parts,
             )  # fmt: skip
-            k = k.to(qkv_ptr.dtype.element_ty).to(tl.float32) * (1.0 / k_scale)
-            tl.store(k_cache_ptr + place, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
         else:
-            row_ptr += (num_heads + num_kv_heads) * head_dim
-            v = sum_of_parts(row_ptr, part_stride, heads[:, None] * head_dim + dims[None, :], inside, num_parts)
-            v = v.to(qkv_ptr.dtype.element_ty).to(tl.float32) * (1.0 / v_scale)
-            tl.store(v_cache_ptr + place, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+            row_ptr += num_kv_heads * head_dim
+            _prepare_heads(
+                row_ptr, part_stride, heads, heads < num_kv_heads, k_norm_ptr, cos_sin_row, eps, v_cache_ptr + place,
+                v_scale, head_dim, 0, False, num_parts,
+            )  # fmt: skip
 
 
 def prepare_qkv(
@@ -159,8 +175,7 @@ def prepare_qkv(
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
-    dim_block = next_power_of_2(head_dim)
-    heads_block = min(max(_TILE // dim_block, 1), next_power_of_2(num_heads))
+    heads_block = min(max(_TILE // next_power_of_2(head_dim), 1), next_power_of_2(num_heads))
     programs = cdiv(num_heads, heads_block) + 2 * cdiv(num_kv_heads, heads_block)
     launch(
         _prepare_qkv_kernel,
@@ -190,7 +205,6 @@ def prepare_qkv(
         has_q_norm=q_norm is not None,
         has_k_norm=k_norm is not None,
         heads_block=heads_block,
-        dim_block=dim_block,
         num_parts=len(parts),
         num_warps=2,
         **early_launch(qkv.device),
