@@ -185,7 +185,7 @@ def check_register_linear(chooser: random.Random, dtype: torch.dtype) -> Iterato
 
     inputs, outputs = 16 * chooser.choice([1, 57, 224, 256, 896]), 2 * chooser.choice([1, 33, 500, 2048, 14336])
     hidden, norm, residual = randn(1, inputs, dtype=dtype), randn(inputs, dtype=dtype), randn(1, outputs, dtype=dtype)
-    hidden[:, 3] *= 1000
+    hidden[:, 3] *= 1000 if dtype == torch.bfloat16 else 10  # of which gate times up fits into float16
     weight = fp8.pack_fp8(randn(outputs, inputs, dtype=torch.float32) / inputs**0.5)
     assert isinstance(weight, Fp8Weight)
     bias = randn(outputs, dtype=dtype) if chooser.random() < 0.5 else None

@@ -70,7 +70,10 @@ def test_last_round_of_programs_is_nearly_full(units: int, filled: bool) -> None
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 @pytest.mark.parametrize(("head_dim", "num_heads", "num_kv_heads"), [(128, 8, 2), (64, 14, 2), (128, 2, 2)])
-@pytest.mark.parametrize("lengths", [[40, 1, 129, 1600, 384], [2500], [9000], [700, 64, 65] * 25, [1, 63, 300] * 70])
+@pytest.mark.parametrize(
+    "lengths",
+    [[40, 1, 129, 1600, 384], [2500], [9000], [320, 17, 900] * 21, [700, 64, 65] * 25, [1, 63, 300] * 70],
+)
 def test_equals_the_reference(
     head_dim: int, num_heads: int, num_kv_heads: int, block_size: int, window: int | None, lengths: list[int]
 ) -> None:
