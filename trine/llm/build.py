@@ -7,7 +7,8 @@ import logging
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,40 +72,46 @@ def build_engine(options: EngineOptions) -> tuple[EngineCore, EngineInfo]:
         cache_dtype=fp8.DTYPE if options.cache_dtype == "fp8" else None,
         max_model_len=max_model_len,
     )
-    compilations = None
-    if device.type == "cuda":
-        from trine.llm.rehearsal import compile_kernels
+    limits = SchedulerLimits(max_num_seqs, max_tokens, block_size, max_model_len, options.enable_prefix_caching)
+    with ExitStack() as failing:
+        compilations = None
+        if device.type == "cuda":
+            from trine.llm.rehearsal import compile_kernels
 
-        limits = SchedulerLimits(max_num_seqs, max_tokens, block_size, max_model_len, options.enable_prefix_caching)
-        compilations = compile_kernels(lambda short: load(config=short, load_format="dummy")[0], config, device, limits)
-    model, _ = load(config=config, load_format=options.load_format)
-    loaded = time.perf_counter()
-    plan = plan_cache(
-        model.cache_specs(),
-        device=device,
-        block_size=block_size,
-        max_model_len=max_model_len,
-        max_model_len_given=options.max_model_len is not None,
-        max_num_seqs=max_num_seqs,
-        cache_bytes=options.cache_bytes,
-        reserved_bytes=activation_bytes(
-            max_tokens, max_num_seqs, config.hidden_size, config.intermediate_size, config.vocab_size
-        ),
-    )
-    limits = SchedulerLimits(max_num_seqs, max_tokens, block_size, plan.max_model_len, options.enable_prefix_caching)
-    worker = Worker(
-        model,
-        vocab_size=config.vocab_size,
-        device=device,
-        limits=limits,
-        num_blocks=plan.num_blocks,
-        eos_token_ids=config.eos_token_ids,
-    )
-    if compilations is not None:
-        waiting = time.perf_counter()
-        needed, worker.compilation = compilations
-        needed.wait()
-        logger.info("waited %.1f s for the first kernels", time.perf_counter() - waiting)
+            compilations = compile_kernels(
+                lambda short: load(config=short, load_format="dummy")[0], config, device, limits
+            )
+            for compilation in compilations:
+                failing.callback(compilation.close)
+        model, _ = load(config=config, load_format=options.load_format)
+        loaded = time.perf_counter()
+        plan = plan_cache(
+            model.cache_specs(),
+            device=device,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_model_len_given=options.max_model_len is not None,
+            max_num_seqs=max_num_seqs,
+            cache_bytes=options.cache_bytes,
+            reserved_bytes=activation_bytes(
+                max_tokens, max_num_seqs, config.hidden_size, config.intermediate_size, config.vocab_size
+            ),
+        )
+        limits = replace(limits, max_model_len=plan.max_model_len)
+        worker = Worker(
+            model,
+            vocab_size=config.vocab_size,
+            device=device,
+            limits=limits,
+            num_blocks=plan.num_blocks,
+            eos_token_ids=config.eos_token_ids,
+        )
+        if compilations is not None:
+            waiting = time.perf_counter()
+            needed, worker.compilation = compilations
+            needed.wait()
+            logger.info("waited %.1f s for the first kernels", time.perf_counter() - waiting)
+        failing.pop_all()
     inline = device.type == "cuda" or not options.async_loop
     executor: Executor = InlineExecutor(worker) if inline else ThreadExecutor(worker)
     core = EngineCore(
