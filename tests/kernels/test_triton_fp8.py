@@ -65,6 +65,18 @@ def test_norms(dtype: torch.dtype) -> None:
     assert_same_rows(actual, fp8.quantize_rows(reference.add_rms_norm(2 * x, other, weight, 1e-6)))
 
 
+def test_what_is_no_number_stays_so() -> None:
+    x, weight = randn(3, 384), randn(384, seed=2)
+    x[1, 5] = torch.nan
+    y = kernels.rms_norm_rows(x, weight, 1e-6).dequantize()
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    if DEVICE == "cuda":  # Triton's interpreter has numbers of float8 alone
+        y = kernels.quantize_rows(x).dequantize()
+        assert y.isnan().sum() == 1
+        assert y[1, 5].isnan()
+
+
 def test_norm_of_parts() -> None:
     parts, residual, weight = randn(2, 5, 384), randn(5, 384, seed=1), randn(384, seed=2)
     total = parts.sum(0) + residual

@@ -45,9 +45,11 @@ def rounds(num_rows: int) -> bool:
 
 @triton.jit
 def _store_rounded(y, largest, columns, inside, values_row_ptr, scale_ptr):
-    """Write a row y [n] float32, whose largest magnitude is known, divided by its scale, and the scale."""
-    scale = tl.where(largest == 0.0, 1.0, tl.maximum(largest / 448.0, 1e-37))  # whose inverse is finite
-    y = tl.minimum(tl.maximum(y * (1.0 / scale), -448.0), 448.0)
+    """Write a row y [n] float32, whose largest magnitude is known, divided by its scale, and the scale. What is no
+    number stays so.
+    """
+    scale = tl.where(largest == 0.0, 1.0, tl.where(largest < 448e-37, 1e-37, largest / 448.0))
+    y = tl.clamp(y * (1.0 / scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values_row_ptr + columns, y.to(values_row_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr, scale)
 
