@@ -139,7 +139,8 @@ def _store(out_row_ptr, scales_ptr, unit, acc, total, acc_row, present, kind: gl
         largest = gl.max(gl.max(gl.abs(y), 0), 0)
         scale = gl.where(largest == 0.0, 1.0, largest / 448.0)
         gl.store(scales_ptr + unit, scale)
-        y = gl.minimum(gl.maximum(y / scale, -448.0), 448.0)
+        y /= scale
+        y = gl.where(y > 448.0, 448.0, gl.where(y < -448.0, -448.0, y))  # what is no number stays so
     gl.store(out_row_ptr + acc_row, y.to(out_row_ptr.dtype.element_ty), mask=present[None, :])
 
 
