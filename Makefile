@@ -1,7 +1,7 @@
 # Trine's tasks. Each makes the virtual environment it needs, so a fresh clone needs Python 3.11 or later and make.
 #
 #   make serve     the embedded model on http://127.0.0.1:8000 (PORT=8001 make serve for another port)
-#   make test      the tests
+#   make test      every test
 #   make help      the rest
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-full test-fast lint types format proto docs docs-serve bench doctor clean
+.PHONY: help serve test test-fast lint types format proto docs docs-serve bench doctor clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -54,14 +54,11 @@ $(BIN)/.docs: $(BIN)/.torch pyproject.toml
 serve: $(BIN)/.serve  ## Install, and serve MODEL (default: tiny, the embedded model) on HOST:PORT
 	$(BIN)/trine serve $(MODEL) --host $(HOST) --port $(PORT)
 
-test: $(BIN)/.test  ## Install, and run every test, with hundreds of random cases where there are thousands
-	$(BIN)/python -m pytest -q $(WORKERS) -m 'not full' $(PYTEST)
-
-test-full: $(BIN)/.test  ## Every test with every random case
+test: $(BIN)/.test  ## Install, and run every test
 	$(BIN)/python -m pytest -q $(WORKERS) $(PYTEST)
 
 test-fast: $(BIN)/.test  ## The tests that take less than ten seconds each
-	$(BIN)/python -m pytest -q $(WORKERS) -m 'not slow and not full' $(PYTEST)
+	$(BIN)/python -m pytest -q $(WORKERS) -m 'not slow' $(PYTEST)
 
 lint: $(BIN)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -68,6 +68,13 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def at_work(compilation: Compilation) -> list[int]:
+    """Its processes that compile, as soon as there are some."""
+    while not (working := children(compilation._foreman or 0)):
+        time.sleep(0.001)
+    return working
+
+
 def report(**values: Any) -> None:
     print(json.dumps({"found": found, "children": children(os.getpid()), **values}), flush=True)
     found.clear()
@@ -86,9 +93,7 @@ def main() -> None:
     report(case="compiled")
 
     compilation = Compilation(norms(2048), 1)
-    while not (working := children(compilation._foreman or 0)):
-        time.sleep(0.001)
-    os.kill(working[0], signal.SIGKILL)
+    os.kill(at_work(compilation)[0], signal.SIGKILL)
     compilation.start()
     compilation.wait()
     report(case="one killed")
@@ -105,9 +110,7 @@ def main() -> None:
     report(case="closed")
 
     compilation = Compilation(norms(16384), 1)
-    while not (working := children(compilation._foreman or 0)):
-        time.sleep(0.001)
-    report(case="orphaned", left=[compilation._foreman, *working])
+    report(case="orphaned", left=[compilation._foreman, *at_work(compilation)])
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -72,6 +72,7 @@ def test_thresholds_equal_those_of_a_sorted_vocabulary(spread: float, filters: s
     with ops.reference_only():
         expected = distribution.thresholds(z, top_k, top_p, min_z)
     moved = [None if x is None else x.to(DEVICE) for x in (top_k, top_p, min_z)]
-    if spread == 3.0:  # as the columns of the sampler's table lie
-        moved = [None if x is None else torch.stack([x, -x], dim=1)[:, 0] for x in moved]
-    assert torch.equal(kept(z, thresholds(z.to(DEVICE), *moved).cpu()), kept(z, expected))
+    # As the columns of the sampler's table lie.
+    columns = [None if x is None else torch.stack([x, -x], dim=1)[:, 0] for x in moved]
+    for parameters in moved, columns:
+        assert torch.equal(kept(z, thresholds(z.to(DEVICE), *parameters).cpu()), kept(z, expected))

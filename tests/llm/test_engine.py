@@ -99,7 +99,7 @@ def test_async_loop_equals_sync_loop(llm: LLM, sync_llm: LLM) -> None:
     compare_loops(llm, sync_llm, range(120))
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_async_loop_equals_sync_loop_500(llm: LLM, sync_llm: LLM) -> None:
     compare_loops(llm, sync_llm, range(120, 620))
 

@@ -52,8 +52,11 @@ def compile_kernels(
         with recording(recorder):
             worker.rehearse(first=False)
         rest = Compilation(list(recorder.variants.values())[len(needed) :], processes, background=True)
-    finally:
-        first.start()  # not before, as a process with fewer threads is forked more safely
+    except BaseException:
+        first.start()
+        first.close()
+        raise
+    first.start()  # not before, as a process with fewer threads is forked more safely
     rest.start(after=first)
     del worker
     gc.collect()  # modules and graphs refer to each other in circles

@@ -27,9 +27,9 @@ def test_sixty_random_schemas(block: int) -> None:
         check(random_schema(random.Random(seed)), seed)
 
 
-@pytest.mark.parametrize("first", [1000, *(pytest.param(i, marks=pytest.mark.full) for i in range(1200, 2000, 200))])
-def test_a_thousand_random_schemas(first: int) -> None:
-    for seed in range(first, first + 200):
+@pytest.mark.slow
+def test_a_thousand_random_schemas() -> None:
+    for seed in range(1000, 2000):
         check(random_schema(random.Random(seed)), seed)
 
 
